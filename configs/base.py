@@ -1,0 +1,107 @@
+"""Every key of a run, with its unit. A family's file overrides a few of them and says what it costs and gives."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.name = "base"
+    config.seed = 0
+    config.steps = 10_000  # optimizer updates
+    config.init_from = ""  # a run's workdir, a checkpoint or a .safetensors file: start from its weights
+
+    config.data = data = ml_collections.ConfigDict()
+    data.kind = "shapes"  # 'shapes', the embedded world, or 'clips', a folder of videos and images
+    data.root = ""  # clips: the folder
+    data.rows = 4  # rows in a global batch, B
+    data.length = 1024  # patches per row, N
+    data.text_length = 384  # text tokens per row, S
+    data.groups = 64  # groups per row, G
+    data.group_by = "frame"  # what shares a level: 'frame' or 'clip'
+    data.shards = 4  # virtual shards; divides rows, and processes divide it
+    data.waiting = 64  # clips each shard chooses from when it fills a row
+    data.workers = 0  # decoding processes beside the training process; 0 = threads of it
+    data.pair_share = 0.5  # shapes: clips with two objects
+    data.still_share = 0.2  # shapes: clips of one frame
+    data.max_tokens = 128  # patches of the longest clip; attention uses it as its span
+    data.fps = (8.0, 12.0)  # clips: frame rates that a window may be read at
+    data.max_frames = 13  # clips: frames of the longest window
+    data.max_side = 64  # clips: pixels of the longer side
+    data.min_side = 16  # clips: pixels of the shorter side, where the aspect ratio lets it
+
+    config.codec = codec = ml_collections.ConfigDict()
+    codec.kind = "pixels"  # lossless rearrangement
+    codec.stride = (4, 1, 1)  # video frames, pixels per latent (t, y, x)
+
+    config.text = text = ml_collections.ConfigDict()
+    text.kind = "words"  # 'words' trained bytes of words, 'labels' class numbers, 'embeddings' precomputed
+    text.width = 128  # E
+    text.depth = 2  # words: layers
+    text.heads = 4  # words: heads
+    text.classes = 1000  # labels: classes
+    text.file = ""  # embeddings: a safetensors file
+    text.dropout = 0.1  # share of the clips that train without their prompt
+
+    config.model = model = ml_collections.ConfigDict()
+    model.patch = (1, 8, 8)  # latents per patch (t, y, x)
+    model.width = 256  # D
+    model.depth = 6  # L
+    model.heads = 4  # H
+    model.mlp_width = 1024  # F
+    model.out_channels = 0  # of the output, per latent; 0 = the codec's. DiT has twice as many (sigma), left unused
+    model.predict = "x"  # what the network gives: 'x', 'v' or 'e'
+    model.s_min = 0.05  # least divisor of an output of x (level) or of e (1 - level)
+    model.modulation = "shared"  # 'shared' or 'block'
+    model.position = "rope"  # 'rope' or 'table'
+    model.qk_norm = "head"  # 'none', 'head' or 'width'
+    model.text = "cross"  # 'none', 'pooled' or 'cross'
+    model.text_norm = True  # LayerNorm with affine before cross-attention
+    model.image_width = 0  # width of an image encoder's tokens; 0 = no second cross-attention
+    model.level_scale = 1000.0  # what a level of 1 is to its embedding
+    model.level_direction = "noise"  # 'noise': level 1 is noise; 'data': the embedding sees 1 - level
+    model.attention_pattern = ("all",)  # what each layer of a period attends to: 'all', 'space', 'time'
+    model.pos_scale = (4.0, 0.125, 0.125)  # indices per second, per codec pixel, per codec pixel
+    model.pos_offset = (0.0, -0.5, -0.5)  # added to the indices (t, y, x)
+    model.dtype = "float32"  # of the computation; parameters are float32
+    model.remat = "none"  # 'none', 'dots' or 'full': what the backward pass computes again
+    model.unroll = 1  # layers unrolled in the scan over layers
+
+    config.flow = flow = ml_collections.ConfigDict()
+    flow.distribution = "logit_normal"  # of the training levels: 'uniform', 'logit_normal' or 'mode'
+    flow.mean = 0.6  # logit_normal: mean of the logit; above 0 is towards noise
+    flow.deviation = 1.2  # logit_normal: its deviation; mode: its scale
+    flow.shift_tokens = 0.0  # levels shift by sqrt(clip's patches / this); 0 = no shift
+    flow.known_first = 0.1  # share of the videos that train with a clean first frame
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.kind = "adamw"  # 'adamw' or 'muon' (block matrices; the rest stays with adamw)
+    optimizer.lr = 2e-3  # peak learning rate
+    optimizer.warmup = 100  # steps up to the peak
+    optimizer.decay = 0.3  # share of the steps, at the end, over which lr falls to 0
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.99
+    optimizer.weight_decay = 0.01
+    optimizer.clip = 1.0  # largest gradient norm
+    optimizer.muon_lr = 0.02  # peak learning rate of Muon's matrices
+    optimizer.accumulate = 1  # parts that a batch's rows are split in, one after the other
+    optimizer.ema = 0.999  # decay of the averaged weights, per step
+
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.data = -1  # devices along 'data'; -1 = all that are left
+    mesh.fsdp = 1  # devices along 'fsdp', which shards the weights too
+
+    config.log_every = 20  # steps between metrics
+    config.eval_every = 1000  # steps between validation losses; 0 = never
+    config.eval_batches = 4  # batches of the held-out stream
+    config.sample_every = 2000  # steps between galleries; 0 = at the end alone
+    config.checkpoint_every = 500  # steps
+    config.keep = 3  # checkpoints
+
+    config.sample = sample = ml_collections.ConfigDict()
+    sample.steps = 32  # M
+    sample.solver = "ab2"  # 'euler', 'heun', 'heun_full' or 'ab2'
+    sample.shift = 1.0  # of the levels, towards noise
+    sample.guidance = 3.0  # scale; 1 = none
+    sample.interval = (0.0, 1.0)  # levels where guidance acts
+    sample.prompts = ()  # of the run's gallery, 'WxHxT@FPS: text'; empty = the data's own
+    return config

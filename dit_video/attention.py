@@ -1,0 +1,127 @@
+"""Attention over packed segments, with the norms and the rotary embedding that go with it.
+
+B rows, N queries and M keys per row, H heads, K head width, D model width, A axes of a position (t, y, x).
+
+A tag says who may see whom: tag = (segment_BxN, block_BxN). A key is seen iff its segment equals the query's, is not 0
+(padding), and, in causal use, q_block - window < k_block <= q_block. Bidirectional: block 0 for all.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def layer_norm(x_BxNxD, eps: float = 1e-6):
+    """LayerNorm without affine, in float32 (Ba et al. 2016)."""
+    x = x_BxNxD.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)).astype(x_BxNxD.dtype)
+
+
+def rms_norm(x_, gain_, eps: float = 1e-6):
+    """RMS norm over the last axis with a gain, in float32 (Zhang and Sennrich 2019)."""
+    x = x_.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * gain_).astype(x_.dtype)
+
+
+def sinusoids(t_, features: int, period: float = 10_000.0):
+    """[cos | sin] features of a scalar, exponent i / (features/2) (Vaswani et al. 2017; the order of DiT and Wan)."""
+    half = features // 2
+    angles = t_[..., None].astype(jnp.float32) * jnp.exp(-math.log(period) * jnp.arange(half) / half)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def rope_angles(pos_BxNx3, head_width: int, theta: float = 10_000.0):
+    """Angles_BxNx(K/2) of a rotary embedding over three axes (Su et al. 2021; split over t, y, x as in Wan 2.1).
+
+    y and x get 2*(K//6) dimensions each, t the rest; positions are indices, of any real value.
+    """
+    side = 2 * (head_width // 6)
+    angles = []
+    for axis, width in enumerate((head_width - 2 * side, side, side)):
+        frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+        angles.append(pos_BxNx3[..., axis, None].astype(jnp.float32) * frequency)
+    return jnp.concatenate(angles, -1)
+
+
+def rotate(x_BxNxHxK, cos_BxNxk, sin_BxNxk):
+    """Rotates the pairs (i, i + K/2) of each head; k = K/2. Interleaved published weights are permuted at import."""
+    cos, sin = cos_BxNxk[:, :, None], sin_BxNxk[:, :, None]
+    a, b = jnp.split(x_BxNxHxK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxNxHxK.dtype)
+
+
+def sees(q_tag, k_tag, window: int | None = None):
+    """mask_...xNxM: which keys a query sees, by the rule at the head of this module."""
+    (q_seg, q_block), (k_seg, k_block) = q_tag, k_tag
+    q_seg, q_block, k_seg, k_block = (
+        q_seg[..., :, None],
+        q_block[..., :, None],
+        k_seg[..., None, :],
+        k_block[..., None, :],
+    )
+    seen = (q_seg == k_seg) & (k_seg != 0) & (k_block <= q_block)
+    return seen if window is None else seen & (q_block - window < k_block)
+
+
+def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = None, span: int | None = None):
+    """Softmax attention of each query over the keys that its tag lets it see; plain XLA.
+
+    span: a promise, for self-attention, that no two patches of a segment lie span or more places apart in the row
+    (the longest clip's patches). Keys out of a query's reach are then never computed: cost falls from N to about
+    2 * span keys per query. Returns o_BxNxHxK, in q's dtype, and the log of the softmax's denominator
+    lse_BxNxH, float32, by which parts can be merged. A query that sees no key gives 0 and -inf.
+    """
+    N, block = q_BxNxHxK.shape[1], 64
+    reach = None if span is None else -(-(span - 1) // block)
+    if span is None or N % block or (2 * reach + 1) * block >= N:
+        return _softmax_attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, sees(q_tag, k_tag, window))
+
+    def blocks(a):  # BxNx... -> BxCxqx...
+        return a.reshape(a.shape[0], N // block, block, *a.shape[2:])
+
+    def around(a):  # each block with the `reach` blocks on either side of it: BxCx(2*reach+1)qx...
+        padded = jnp.pad(blocks(a), [(0, 0), (reach, reach)] + [(0, 0)] * (a.ndim - 1))
+        return jnp.concatenate([padded[:, i : i + N // block] for i in range(2 * reach + 1)], axis=2)
+
+    mask = sees([blocks(t) for t in q_tag], [around(t) for t in k_tag], window)
+    o, lse = _softmax_attend(blocks(q_BxNxHxK), around(k_BxMxHxK), around(v_BxMxHxK), mask)
+    return o.reshape(q_BxNxHxK.shape), lse.reshape(q_BxNxHxK.shape[:3])
+
+
+def _softmax_attend(q, k, v, mask):
+    """q_...xNxHxK, k and v_...xMxHxK, mask_...xNxM -> o_...xNxHxK, lse_...xNxH."""
+    logits = jnp.einsum("...nhk,...mhk->...hnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask[..., None, :, :], logits, -jnp.inf)
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    some = total > 0
+    weights = (weights / jnp.where(some, total, 1)).astype(v.dtype)
+    o = jnp.einsum("...hnm,...mhk->...nhk", weights, v)
+    lse = jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top, -jnp.inf)[..., 0]
+    return o, jnp.swapaxes(lse, -1, -2)
+
+
+@jax.custom_vjp
+def spread(table_BxGxM, group_BxN):
+    """Each patch's row of its group's table: out_BxNxM = table[b, group[b, n]].
+
+    The gradient is a product with the groups' one-hot rather than a scatter, which accelerators and XLA's CPU
+    backend both serialise.
+    """
+    return jnp.take_along_axis(table_BxGxM, group_BxN[..., None], axis=1)
+
+
+def _spread_forward(table_BxGxM, group_BxN):
+    return spread(table_BxGxM, group_BxN), (group_BxN, table_BxGxM.shape[1])
+
+
+def _spread_backward(saved, grad_BxNxM):
+    group_BxN, groups = saved
+    one_hot = jax.nn.one_hot(group_BxN, groups, dtype=grad_BxNxM.dtype)
+    return jnp.einsum("bng,bnm->bgm", one_hot, grad_BxNxM), None
+
+
+spread.defvjp(_spread_forward, _spread_backward)

@@ -1,0 +1,345 @@
+"""The loader: a source's clips in shuffled order, packed in rows and yielded as Batches of numpy arrays.
+
+V virtual shards (data.shards) divide the rows of the global batch; processes divide the shards. Shard v sees every V-th
+clip of one global order, and has a buffer of waiting clips and a state of its own. So neither the number of processes
+nor that of workers changes what a row holds, and the states of all V shards are all that a checkpoint needs.
+
+B rows in this process's batch, N patches per row, S text tokens per row, G groups per row; s text tokens of a clip.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import grain
+import jax
+import numpy as np
+from absl import flags, logging
+
+from dit_video.codecs import Pixels, check_frames, to_float
+from dit_video.data.clips import ClipsSource
+from dit_video.data.decode import MediaError
+from dit_video.data.shapes import ShapesSource
+from dit_video.patches import Batch, Clip, Piece, choose, lay_out, pack
+
+AHEAD = 2  # batches that a thread or worker holds ready
+HELD_OUT = 20  # one file in so many of a folder is for validation
+EMPTY_ROWS = 20  # rows one after the other without a readable clip, before the run stops
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that decides what the rows hold. Worker processes get a pickle of it.
+
+    indices: the source's clips that an epoch goes through; rows: of one shard.
+    """
+
+    source: ShapesSource | ClipsSource
+    indices: range | tuple[int, ...]
+    tokenise: Callable[[str], np.ndarray]
+    codec: Pixels
+    patch: tuple[int, int, int]
+    group_by: str
+    seed: int
+    shards: int
+    rows: int
+    limits: tuple[int, int, int]  # N, S, G
+    longest: int  # patches of one clip
+    waiting: int
+
+    @functools.cached_property
+    def order(self) -> grain.MapDataset:
+        """Indices of clips, epoch after epoch, each epoch in an order of its own."""
+        return grain.MapDataset.source(self.indices).shuffle(seed=self.seed).repeat()
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """A clip that waits for its row. place: in its shard's order; size: patches, text tokens and groups."""
+
+    place: int
+    index: int
+    epoch: int
+    ids_sxK: np.ndarray
+    size: tuple[int, int, int]
+
+
+def make_source(config, split: str = "train"):
+    """The clips that `config.data` asks for; those of 'validation' are the same whatever the seed."""
+    data, seed = config.data, config.seed if split == "train" else 0
+    if data.kind == "shapes":
+        return ShapesSource(seed, split, data.pair_share, data.still_share)
+    if data.kind == "clips":
+        (st, sy, sx), (_, py, px) = config.codec.stride, config.model.patch
+        return ClipsSource(
+            data.root,
+            max_tokens=min(data.max_tokens, data.length),
+            seed=seed,
+            patch=(sy * py, sx * px),
+            time_stride=st,
+            min_side=data.min_side,
+            max_side=data.max_side,
+            fps=tuple(data.fps) or None,
+            max_frames=data.max_frames,
+            name=f"clips/{split}",
+        )
+    raise ValueError(f"data.kind={data.kind!r} is not known. Allowed: 'shapes', 'clips'.")
+
+
+def make_loader(config, tokenise, codec, split="train", process_index=0, process_count=1) -> "Loader":
+    """An endless iterator over one process's Batches; those of all processes, in order, are the global batch.
+
+    tokenise: caption -> ids_sxK. split: 'train', or 'validation', whose order is the same for all seeds. Raises
+    ValueError where rows, shards, processes and workers do not divide, and for clips that fit no row.
+    """
+    data = config.data
+    for name, whole, by, part in (
+        ("data.rows", data.rows, "data.shards", data.shards),
+        ("data.shards", data.shards, "the number of processes", process_count),
+    ):
+        if whole % part:
+            raise ValueError(f"{name}={whole} must be a multiple of {by}={part}. Nearest: {-(-whole // part) * part}.")
+    source = make_source(config, split)
+    plan = Plan(
+        source=source,
+        indices=split_indices(source, split),
+        tokenise=tokenise,
+        codec=codec,
+        patch=tuple(config.model.patch),
+        group_by=data.group_by,
+        seed=config.seed if split == "train" else 0,
+        shards=data.shards,
+        rows=data.rows // data.shards,
+        limits=(data.length, data.text_length, data.groups),
+        longest=data.max_tokens,
+        waiting=data.waiting,
+    )
+    own = data.shards // process_count
+    return Loader(plan, range(process_index * own, (process_index + 1) * own), data.workers)
+
+
+def split_indices(source, split: str) -> range | tuple[int, ...]:
+    """The source's clips that are in a split.
+
+    Of a folder, every `HELD_OUT`-th file is for validation; a folder of fewer than five such shows validation the
+    same files through other windows.
+    """
+    everything = range(len(source))
+    if isinstance(source, ShapesSource) or len(source) < 5 * HELD_OUT:
+        return everything
+    held_out = everything[::HELD_OUT]
+    return held_out if split == "validation" else tuple(i for i in everything if i % HELD_OUT)
+
+
+def fill(batch: Batch) -> dict[str, float]:
+    """How much of a batch is real: counts of clips, patches and text tokens, and the shares of their places."""
+    seg_BxN, prompt_BxS = np.asarray(batch.patches.seg_BxN), np.asarray(batch.prompt_BxS)
+    patches, text = np.count_nonzero(seg_BxN), np.count_nonzero(prompt_BxS)
+    return {
+        "clips": int(seg_BxN.max(1).sum()),
+        "patches": int(patches),
+        "text": int(text),
+        "patch_fill": patches / seg_BxN.size,
+        "text_fill": text / prompt_BxS.size,
+    }
+
+
+class Loader:
+    """Yields Batches, with `AHEAD` of them made in the background. The state is that of what was yielded."""
+
+    def __init__(self, plan: Plan, shards: Sequence[int], workers: int = 0):
+        if workers > len(shards):
+            raise ValueError(
+                f"data.workers={workers} is more than the {len(shards)} shards of this process. "
+                f"Choose at most {len(shards)}, or more data.shards."
+            )
+        self._plan, self._shards, self._workers = plan, tuple(shards), workers
+        self._states = {str(v): {"place": 0, "waiting": [], "skipped": 0} for v in shards}
+        self._parts = []
+        # Clips that fit nowhere are found now, not hours later, as far as the start of the order can tell.
+        for v in shards:
+            for place in range(plan.waiting):
+                wait(plan, v, place)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._parts:
+            self._parts = self._start()
+        batches, states = zip(*[next(part) for part in self._parts])
+        self._states = {v: state for part in states for v, state in part.items()}
+        return batches[0] if len(batches) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *batches)
+
+    def _start(self):
+        if self._workers and not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain asks absl for its flags, which only a main under absl.app has parsed
+        count = self._workers or len(self._shards)
+        parts = []
+        for i in range(count):
+            own = self._shards[i * len(self._shards) // count : (i + 1) * len(self._shards) // count]
+            rows = Rows(self._plan, {v: self._states[v] for v in map(str, own)})
+            if self._workers:
+                options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=AHEAD)
+                parts.append(iter(rows.mp_prefetch(options)))
+            else:
+                parts.append(iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=AHEAD)))
+        for part in parts:
+            part.start_prefetch()
+        return parts
+
+    @property
+    def skipped(self) -> int:
+        """How many clips of this process's shards could not be read so far."""
+        return sum(state["skipped"] for state in self._states.values())
+
+    def get_state(self) -> dict[str, dict]:
+        """{shard: state} of this process's shards after the last Batch, fit for JSON."""
+        return self._states
+
+    def set_state(self, states: dict[str, dict]) -> None:
+        """Goes on where `states`, those of the shards of all processes, were taken: bit for bit the same Batches."""
+        if set(states) != set(map(str, range(self._plan.shards))):
+            raise ValueError(
+                f"the loader's state holds shards {sorted(states, key=int)}; this run has data.shards="
+                f"{self._plan.shards}. Give the states of all shards, from a run with as many."
+            )
+        self.close()
+        self._states = {str(v): states[str(v)] for v in self._shards}
+
+    def close(self) -> None:
+        """Ends the threads and worker processes."""
+        for part in self._parts:
+            part.close()
+        self._parts = []
+
+
+class Rows(grain.IterDataset):
+    """Endless (Batch, {shard: state after it}) of some shards. The state travels with the Batch, however far ahead."""
+
+    def __init__(self, plan: Plan, states: dict[str, dict]):
+        super().__init__()
+        self._plan, self._states = plan, states
+
+    def __iter__(self):
+        return RowsIterator(self._plan, self._states)
+
+
+class RowsIterator(grain.DatasetIterator):
+    def __init__(self, plan: Plan, states: dict[str, dict]):
+        super().__init__()
+        self._plan = plan
+        self.set_state(states)
+
+    def __next__(self):
+        rows = [next_row(self._plan, shard) for shard in self._shards for _ in range(self._plan.rows)]
+        N, S, G = self._plan.limits
+        return pack(rows, N, G, S)[0], self.get_state()
+
+    def get_state(self):
+        return {
+            str(s.number): {"place": s.place, "waiting": [w.place for w in s.waiting], "skipped": s.skipped}
+            for s in self._shards
+        }
+
+    def set_state(self, states):
+        self._shards = [
+            Shard(int(v), s["place"], [wait(self._plan, int(v), p) for p in s["waiting"]], s["skipped"])
+            for v, s in states.items()
+        ]
+
+
+@dataclasses.dataclass
+class Shard:
+    """Where a shard stands. place: the next of its order; waiting: the clips before it that are in no row yet."""
+
+    number: int
+    place: int
+    waiting: list[Waiting]
+    skipped: int
+
+
+def wait(plan: Plan, shard: int, place: int) -> Waiting:
+    """The clip at a place of a shard's order, and its size. Raises ValueError if it fits no row."""
+    number = place * plan.shards + shard
+    index, epoch = plan.order[number], number // len(plan.indices)
+    frames, height, width, caption = layout(plan.source, index, epoch)
+    ids_sxK, (N, S, G) = plan.tokenise(caption), plan.limits
+    st, sy, sx = plan.codec.stride
+    pt, py, px = plan.patch
+    try:
+        check_frames(frames, st)
+        for name, length, step in (("height", height, sy * py), ("width", width, sx * px)):
+            if length % step:
+                nearest = f"{max(length // step, 1) * step} or {(length // step + 1) * step}"
+                raise ValueError(f"{name}={length} is no multiple of a patch's {step} pixels. Nearest: {nearest}.")
+        T = 1 + (frames - 1) // st
+        if T % pt:
+            raise ValueError(f"its {T} latent frames are no multiple of a patch's {pt} (model.patch).")
+        n, g = (T // pt) * (height // (sy * py)) * (width // (sx * px)), T // pt if plan.group_by == "frame" else 1
+        for name, count, limit, key in (
+            ("patches", n, min(N, plan.longest), "data.length and data.max_tokens"),
+            ("groups", g, G, "data.groups"),
+        ):
+            if count > limit:
+                raise ValueError(f"{count} {name}, and a row takes at most {limit}. Raise {key}, or make it smaller.")
+    except ValueError as error:
+        what = f"clip {index} ({width}x{height}, {frames} frames, {caption!r})"
+        raise ValueError(f"{what} fits no row: {error}") from error
+    return Waiting(place, index, epoch, ids_sxK, (n, min(len(ids_sxK), S), g))
+
+
+def take(plan: Plan, shard: Shard) -> list[Waiting]:
+    """The clips of a shard's next row; moves the shard on."""
+    while len(shard.waiting) < plan.waiting:
+        shard.waiting.append(wait(plan, shard.number, shard.place))
+        shard.place += 1
+    chosen = choose([w.size for w in shard.waiting], plan.limits)
+    row = [shard.waiting[i] for i in chosen]
+    left = set(range(len(shard.waiting))) - set(chosen)
+    shard.waiting = [shard.waiting[i] for i in sorted(left)]
+    return row
+
+
+def next_row(plan: Plan, shard: Shard) -> list[Piece]:
+    """The pieces of a shard's next row; a clip that cannot be read leaves its places empty."""
+    for _ in range(EMPTY_ROWS):
+        pieces = [read(plan, waiting) for waiting in take(plan, shard)]
+        row = [piece for piece in pieces if piece is not None]
+        shard.skipped += len(pieces) - len(row)
+        if row:
+            return row
+    raise ValueError(
+        f"no clip of {EMPTY_ROWS} rows could be read; shard {shard.number} left out {shard.skipped} so far."
+    )
+
+
+def read(plan: Plan, waiting: Waiting) -> Piece | None:
+    """The clip as a Piece; None, with a warning, where it cannot be read."""
+    try:
+        clip = clip_of(plan.source, waiting.index, waiting.epoch)
+    except MediaError as error:
+        logging.warning("clip %d is left out: %s", waiting.index, error)
+        return None
+    ids_sxK, S = waiting.ids_sxK, plan.limits[1]
+    if len(ids_sxK) > S:
+        text = "the %d text tokens of clip %d are cut to data.text_length=%d: %r"
+        logging.warning(text, len(ids_sxK), waiting.index, S, clip.caption)
+    st, *stride_yx = plan.codec.stride
+    latents_TxYxXxC = plan.codec.encode(to_float(clip.video_TxYxXx3))
+    # The last frame that a latent frame covers gives its time.
+    piece, _ = lay_out(latents_TxYxXxC, clip.time_T[::st], plan.patch, stride_yx, ids_sxK[:S], clip.uid, plan.group_by)
+    return piece
+
+
+def layout(source, index: int, epoch: int) -> tuple[int, int, int, str]:
+    """Frames, height, width and caption of a clip, without reading it."""
+    if isinstance(source, ShapesSource):
+        return source.layout(index)  # without epochs: nobody sees its two thousand million clips twice
+    found = source.layout(index, epoch)
+    return found.frames, found.height, found.width, found.caption
+
+
+def clip_of(source, index: int, epoch: int) -> Clip:
+    """A clip. Raises MediaError where it cannot be read."""
+    return source[index] if isinstance(source, ShapesSource) else source.clip(index, epoch)

@@ -1,0 +1,608 @@
+"""The embedded world: captioned clips of coloured shapes on closed orbits, drawn on the fly from (seed, index).
+
+Everything in a clip follows from its caption and a few numbers: an object's orbit has one period for all, its size
+and amplitude follow from the canvas and the number of objects, and so its centre and phase can be read from any five
+frames. Some combinations are never drawn for training, so that prompts can ask for them. `score` reads the labels
+back from pixels alone, of drawn and of generated clips.
+
+T frames, Y x X the canvas in pixels, K objects (at most 2), C colours, P pixels in a list, R draws. Positions are
+(y, x) in pixels, y down; pixel (0, 0) covers [0, 1] x [0, 1]. Time is in seconds. "Short" is a canvas' shorter side.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import re
+import typing
+
+import numpy as np
+
+from dit_video.patches import Clip
+
+PERIOD = 1.6  # seconds, of every orbit
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {
+    "red": (225, 25, 35),
+    "orange": (255, 125, 0),
+    "yellow": (250, 225, 20),
+    "green": (30, 170, 45),
+    "cyan": (15, 205, 220),
+    "blue": (35, 75, 235),
+    "purple": (135, 45, 210),
+    "pink": (255, 75, 185),
+}
+_SLANT = 0.5**0.5
+# An orbit is this matrix times (cos, sin), in amplitudes; its rows are y and x. Clockwise is as the viewer sees it.
+ORBITS = {
+    "left-right": ((0, 0), (0, 1)),
+    "up-down": ((0, 1), (0, 0)),
+    "rising": ((0, -_SLANT), (0, _SLANT)),
+    "falling": ((0, _SLANT), (0, _SLANT)),
+    "clockwise": ((0, 1), (1, 0)),
+    "counterclockwise": ((0, -1), (1, 0)),
+}
+MOTIONS = {
+    "left-right": "moves left and right",
+    "up-down": "moves up and down",
+    "rising": "moves along the rising diagonal",
+    "falling": "moves along the falling diagonal",
+    "clockwise": "circles clockwise",
+    "counterclockwise": "circles counterclockwise",
+}
+# No colour is in more than one pair of each kind, so every shape, colour and motion stays common in training.
+HELD_OUT_SHAPES = frozenset({("circle", "red"), ("square", "yellow"), ("triangle", "cyan"), ("cross", "purple")})
+HELD_OUT_MOTIONS = frozenset(
+    {
+        ("orange", "left-right"),
+        ("green", "up-down"),
+        ("blue", "rising"),
+        ("pink", "falling"),
+        ("yellow", "clockwise"),
+        ("purple", "counterclockwise"),
+    }
+)
+CANVASES = ((32, 32), (48, 32), (32, 48), (40, 40), (64, 32), (32, 64))  # width, height
+DURATIONS = {5: (8,), 9: (8, 12), 13: (8, 12)}  # frames: frames per second
+SPLITS = ("train", "validation")
+
+_RADIUS = {1: 0.17, 2: 0.14}  # by number of objects, in short sides
+_AMPLITUDE = {1: 0.20, 2: 0.13}
+_HALF_SQUARE, _TRIANGLE, _CROSS_LENGTH, _CROSS_WIDTH = 0.88, 1.36, 1.12, 0.36  # in radii; areas are nearly equal
+_EXTENT = {  # in radii: up, down, left or right
+    "circle": (1.0, 1.0, 1.0),
+    "square": (_HALF_SQUARE, _HALF_SQUARE, _HALF_SQUARE),
+    "triangle": (_TRIANGLE, _TRIANGLE / 2, _TRIANGLE * 0.75**0.5),
+    "cross": (_CROSS_LENGTH, _CROSS_LENGTH, _CROSS_LENGTH),
+}
+_BOUND = {  # in radii: the circle around the shape
+    "circle": 1.0,
+    "square": _HALF_SQUARE * 2**0.5,
+    "triangle": _TRIANGLE,
+    "cross": (_CROSS_LENGTH**2 + _CROSS_WIDTH**2) ** 0.5,
+}
+_RIM, _RIM_SHADE = 0.16, 0.6  # the darker outline, inside the shape: its width in radii, its brightness
+
+
+class Label(typing.NamedTuple):
+    """What a caption says of one object. `motion` is None in a still picture, "none" where a scorer saw none."""
+
+    shape: str
+    colour: str
+    motion: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One shape on its orbit.
+
+    centre_yx: the orbit's centre as a share of the room that the canvas leaves it, in [0, 1] (0: as far up or left as
+    it fits), so that one scene fits any canvas; phase: radians at time 0.
+    """
+
+    shape: str
+    colour: str
+    motion: str
+    centre_yx: tuple[float, float]
+    phase: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Background:
+    """A static grey texture: a gradient and a pattern. Brightness in [0, 1], lengths in short sides, angles in radians.
+
+    tint_rgb sums to 0 and is far paler than any colour in COLOURS.
+    """
+
+    grey: float
+    tint_rgb: tuple[float, float, float]
+    slope: float
+    slope_angle: float
+    pattern: str  # "waves", "checks" or "blobs"
+    contrast: float
+    frequency: float
+    angle: float
+    shift_yx: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Objects in painter's order (the last is in front), over a background."""
+
+    objects: tuple[Object, ...]
+    background: Background
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A request for a clip."""
+
+    caption: str
+    width: int
+    height: int
+    frames: int
+    fps: int
+
+
+def held_out(label):
+    """Whether training never shows this object: its (shape, colour) or its (colour, motion) is held out."""
+    return (label.shape, label.colour) in HELD_OUT_SHAPES or (label.colour, label.motion) in HELD_OUT_MOTIONS
+
+
+_ALL_LABELS = tuple(Label(*x) for x in itertools.product(SHAPES, COLOURS, MOTIONS))
+_TRAINED = tuple(x for x in _ALL_LABELS if not held_out(x))
+_HELD_OUT = tuple(x for x in _ALL_LABELS if held_out(x))
+
+
+# Drawing a scene
+
+
+def draw_labels(rng, count, pool=_TRAINED):
+    """`count` labels of different colours, each uniform in `pool`."""
+    labels = [pool[rng.integers(len(pool))]]
+    while len(labels) < count:
+        label = pool[rng.integers(len(pool))]
+        if label.colour not in [x.colour for x in labels]:
+            labels.append(label)
+    return tuple(labels)
+
+
+def draw_scene(rng, labels):
+    """A Scene of these labels (with motions): centres, phases and background from `rng`.
+
+    Two objects are placed such that they stay apart at all times on every canvas of CANVASES; if no draw of 256 does,
+    the one that comes nearest to it is taken.
+    """
+    best, best_gap = None, -np.inf
+    for _ in range(8):
+        centre_RxKx2, phase_RxK = rng.random((32, len(labels), 2)), rng.uniform(0, 2 * np.pi, (32, len(labels)))
+        gap_R = _gap(labels, centre_RxKx2, phase_RxK) if len(labels) > 1 else np.full(32, np.inf)
+        apart_R = gap_R > 0.02
+        row = int(np.argmax(apart_R) if apart_R.any() else np.argmax(gap_R))
+        if gap_R[row] > best_gap:
+            best, best_gap = (centre_RxKx2[row], phase_RxK[row]), gap_R[row]
+        if apart_R.any():
+            break
+    objects = tuple(Object(*x, tuple(c.tolist()), float(p)) for x, c, p in zip(labels, *best, strict=True))
+    return Scene(objects, _draw_background(rng))
+
+
+def _draw_background(rng):
+    tint_3 = rng.uniform(-1, 1, 3)
+    tint_3 -= tint_3.mean()
+    return Background(
+        grey=float(rng.uniform(0.35, 0.7)),
+        tint_rgb=tuple((0.05 * tint_3).tolist()),
+        slope=float(rng.uniform(0, 0.12)),
+        slope_angle=float(rng.uniform(0, 2 * np.pi)),
+        pattern=("waves", "checks", "blobs")[rng.integers(3)],
+        contrast=float(rng.uniform(0.04, 0.1)),
+        frequency=float(rng.uniform(1.5, 3.5)),
+        angle=float(rng.uniform(0, np.pi)),
+        shift_yx=tuple(rng.random(2).tolist()),
+    )
+
+
+def _room(shape, motion, count, height, width):
+    """Where an orbit's centre may lie: (lowest, highest), each (y, x) in pixels, so that the object stays inside."""
+    short = min(height, width)
+    up, down, side = (_RADIUS[count] * short * e for e in _EXTENT[shape])
+    reach_y, reach_x = _AMPLITUDE[count] * short * np.linalg.norm(ORBITS[motion], axis=1)
+    return np.array([(up + reach_y, side + reach_x), (height - down - reach_y, width - side - reach_x)])
+
+
+def _gap(labels, centre_RxKx2, phase_RxK):
+    """The least distance between two objects' bounding circles, in short sides, over a period and CANVASES."""
+    angle_t = np.linspace(0, 2 * np.pi, 32, endpoint=False)
+    apart_RxtxK = []
+    for k, label in enumerate(labels):
+        angle_Rxt = angle_t + phase_RxK[:, k, None]
+        apart_RxtxK.append(np.stack([np.cos(angle_Rxt), np.sin(angle_Rxt)], -1) @ np.transpose(ORBITS[label.motion]))
+    orbit_Rxtx2 = _AMPLITUDE[2] * (apart_RxtxK[0] - apart_RxtxK[1])
+    nearest_R = np.inf
+    for width, height in sorted({(w / min(w, h), h / min(w, h)) for w, h in CANVASES}):
+        centres = []
+        for k, label in enumerate(labels):
+            low_2, high_2 = _room(label.shape, label.motion, 2, height, width)
+            centres.append(low_2 + centre_RxKx2[:, k] * (high_2 - low_2))
+        away_Rxtx2 = (centres[0] - centres[1])[:, None] + orbit_Rxtx2
+        nearest_R = np.minimum(nearest_R, np.sqrt((away_Rxtx2**2).sum(-1)).min(1))
+    return nearest_R - _RADIUS[2] * sum(_BOUND[x.shape] for x in labels)
+
+
+# Pixels
+
+
+def centres(scene, time_T, height, width):
+    """Where the objects are: centre_TxKx2, (y, x) in pixels, for any times in seconds."""
+    time_T, count = np.asarray(time_T, np.float64), len(scene.objects)
+    centre_KxTx2 = []
+    for o in scene.objects:
+        low_2, high_2 = _room(o.shape, o.motion, count, height, width)
+        angle_T = 2 * np.pi * time_T / PERIOD + o.phase
+        orbit_Tx2 = np.stack([np.cos(angle_T), np.sin(angle_T)], 1) @ np.transpose(ORBITS[o.motion])
+        amplitude = _AMPLITUDE[count] * min(height, width)
+        centre_KxTx2.append(low_2 + np.array(o.centre_yx) * (high_2 - low_2) + amplitude * orbit_Tx2)
+    return np.stack(centre_KxTx2, 1)
+
+
+def _depth(shape, centre_Tx2, radius, height, width):
+    """How deep inside the shape each pixel's centre lies, depth_TxYxX in pixels; negative outside."""
+    y_TxYx1 = (np.arange(height) + 0.5 - centre_Tx2[:, :1]).astype(np.float32)[:, :, None]
+    x_Tx1xX = (np.arange(width) + 0.5 - centre_Tx2[:, 1:]).astype(np.float32)[:, None, :]
+    if shape == "circle":
+        return radius - np.sqrt(y_TxYx1**2 + x_Tx1xX**2)
+    if shape == "square":
+        return _HALF_SQUARE * radius - np.maximum(np.abs(y_TxYx1), np.abs(x_Tx1xX))
+    if shape == "triangle":
+        slanted_TxYxX = 0.5 * y_TxYx1 - 0.75**0.5 * np.abs(x_Tx1xX)
+        return _TRIANGLE / 2 * radius + np.minimum(slanted_TxYxX, -y_TxYx1)
+    y_TxYx1, x_Tx1xX, length, thin = np.abs(y_TxYx1), np.abs(x_Tx1xX), _CROSS_LENGTH * radius, _CROSS_WIDTH * radius
+    upright_TxYxX = np.minimum(length - y_TxYx1, thin - x_Tx1xX)
+    return np.maximum(upright_TxYxX, np.minimum(thin - y_TxYx1, length - x_Tx1xX))
+
+
+def _cover_and_shade(depth, radius):
+    """How much of a pixel the shape covers, and how bright its colour is there; both in [0, 1]."""
+    core = np.clip(0.5 + depth - _RIM * radius, 0, 1)
+    return np.clip(0.5 + depth, 0, 1), _RIM_SHADE + (1 - _RIM_SHADE) * core
+
+
+def _depths(scene, time_T, height, width):
+    radius, centre_TxKx2 = _RADIUS[len(scene.objects)] * min(height, width), centres(scene, time_T, height, width)
+    return [_depth(o.shape, centre_TxKx2[:, k], radius, height, width) for k, o in enumerate(scene.objects)]
+
+
+def visibility(scene, time_T, height, width):
+    """The share of each object that no object in front of it covers: visible_TxK in [0, 1]."""
+    cover_KxTxYxX = np.clip(0.5 + np.stack(_depths(scene, time_T, height, width)), 0, 1)
+    clear_KxTxYxX = np.ones_like(cover_KxTxYxX)
+    for k in range(len(scene.objects)):
+        clear_KxTxYxX[:k] *= 1 - cover_KxTxYxX[k]
+    return ((cover_KxTxYxX * clear_KxTxYxX).sum((2, 3)) / cover_KxTxYxX.sum((2, 3))).T
+
+
+def _paint_background(background, height, width):
+    """rgb_YxXx3 in [0, 255], float32."""
+    b, short = background, min(height, width)
+    y_Yx1 = (np.arange(height)[:, None] + 0.5 - height / 2) / short
+    x_1xX = (np.arange(width)[None] + 0.5 - width / 2) / short
+    grey_YxX = b.grey + b.slope * (np.sin(b.slope_angle) * y_Yx1 + np.cos(b.slope_angle) * x_1xX)
+    shift_y, shift_x = (2 * np.pi * s for s in b.shift_yx)
+    along_YxX = 2 * np.pi * b.frequency * (np.sin(b.angle) * y_Yx1 + np.cos(b.angle) * x_1xX) + shift_y
+    across_YxX = 2 * np.pi * b.frequency * (np.cos(b.angle) * y_Yx1 - np.sin(b.angle) * x_1xX) + shift_x
+    if b.pattern == "waves":
+        pattern_YxX = np.sin(along_YxX)
+    elif b.pattern == "checks":
+        pattern_YxX = np.tanh(4 * np.sin(along_YxX) * np.sin(across_YxX))
+    else:
+        pattern_YxX = (np.sin(along_YxX) + np.sin(across_YxX) + np.sin(0.6 * along_YxX - 0.8 * across_YxX)) / 2
+    return (255 * (grey_YxX + b.contrast * pattern_YxX)[..., None] + 255 * np.array(b.tint_rgb)).astype(np.float32)
+
+
+def render(scene, time_T, height, width):
+    """The scene at any times, in seconds, on any canvas, in pixels: video_TxYxXx3, uint8, anti-aliased."""
+    time_T = np.atleast_1d(time_T)
+    video_TxYxXx3 = np.repeat(_paint_background(scene.background, height, width)[None], len(time_T), 0)
+    radius = _RADIUS[len(scene.objects)] * min(height, width)
+    for o, depth_TxYxX in zip(scene.objects, _depths(scene, time_T, height, width), strict=True):
+        inside = np.nonzero(depth_TxYxX > -0.5)
+        cover_P, shade_P = _cover_and_shade(depth_TxYxX[inside], radius)
+        paint_Px3 = shade_P[:, None] * np.array(COLOURS[o.colour], np.float32)
+        under_Px3 = video_TxYxXx3[inside]
+        video_TxYxXx3[inside] = under_Px3 + cover_P[:, None] * (paint_Px3 - under_Px3)
+    return np.clip(np.rint(video_TxYxXx3), 0, 255).astype(np.uint8)
+
+
+# Captions
+
+
+def describe(labels, moving):
+    """The caption of these labels (or Objects), in their order; without motions where `moving` is False."""
+    names = [f"{'an' if x.colour[0] in 'aeiou' else 'a'} {x.colour} {x.shape}" for x in labels]
+    if not moving:
+        return "a picture of " + " and ".join(names)
+    return " and ".join(f"{name} {MOTIONS[x.motion]}" for name, x in zip(names, labels, strict=True))
+
+
+def caption(scene, moving):
+    """The caption of a scene, as a video (`moving`) or as a picture."""
+    return describe(scene.objects, moving)
+
+
+_NAMED = re.compile(rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?: ({'|'.join(MOTIONS.values())}))?")
+
+
+def parse_caption(text):
+    """The labels of a caption, a tuple of Label; motion is None in the caption of a picture.
+
+    Raises ValueError for text that `describe` never writes.
+    """
+    motions = {phrase: motion for motion, phrase in MOTIONS.items()}
+    labels = tuple(Label(shape, colour, motions.get(phrase)) for colour, shape, phrase in _NAMED.findall(text))
+    moving = all(x.motion for x in labels)
+    if not 1 <= len(labels) <= 2 or describe(labels, moving) != text:
+        raise ValueError(
+            f"caption={text!r} is not of the shapes world. It looks like "
+            "'a red circle moves left and right' or 'a picture of a red circle and a blue cross'."
+        )
+    return labels
+
+
+# The data source
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesSource:
+    """An endless set of clips by index: the same clip for the same (seed, split, index).
+
+    split: "train" or "validation" (other clips of the same combinations); pair_share: of clips with two objects;
+    still_share: of pictures. Canvas, length and content are independent of each other.
+    """
+
+    seed: int = 0
+    split: str = "train"
+    pair_share: float = 0.5
+    still_share: float = 0.2
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"split={self.split!r} is not a split of the shapes world. Choose from {SPLITS}.")
+        for name in ("pair_share", "still_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a share. Choose a value from 0 to 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is negative. Choose 0 or above.")
+
+    def __len__(self):
+        return 2**31 - 1
+
+    def __getitem__(self, index):
+        frames, fps, height, width, labels, rng = self._plan(index)
+        time_T = (np.arange(frames) / fps).astype(np.float32)
+        scene = draw_scene(rng, labels)
+        name = f"shapes/{self.seed}/{self.split}/{index}".encode()
+        uid = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
+        return Clip(render(scene, time_T, height, width), time_T, caption(scene, frames > 1), uid)
+
+    def scene(self, index):
+        """The Scene that clip `index` shows."""
+        *_, labels, rng = self._plan(index)
+        return draw_scene(rng, labels)
+
+    def layout(self, index):
+        """(frames, height, width, caption) of clip `index`, without drawing it."""
+        frames, _, height, width, labels, _ = self._plan(index)
+        return frames, height, width, describe(labels, frames > 1)
+
+    def _plan(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"index={index} is outside the shapes world. Choose from 0 to {len(self) - 1}.")
+        rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
+        width, height = CANVASES[rng.integers(len(CANVASES))]
+        frames, fps = _draw_duration(rng)
+        if rng.random() < self.still_share:
+            frames = 1
+        labels = draw_labels(rng, 2 if rng.random() < self.pair_share else 1)
+        return frames, fps, height, width, labels, rng
+
+
+def _draw_duration(rng):
+    frames = tuple(DURATIONS)[rng.integers(len(DURATIONS))]
+    return frames, DURATIONS[frames][rng.integers(len(DURATIONS[frames]))]
+
+
+def prompts(count, split, seed=0, objects=None):
+    """`count` Prompts for videos; every canvas and length equally often.
+
+    split: "train" asks for combinations that training shows, "heldout" for objects each of which it never shows;
+    objects: 1 or 2, or None for each in turn.
+    """
+    pools = {"train": _TRAINED, "heldout": _HELD_OUT}
+    if split not in pools:
+        raise ValueError(f"split={split!r} has no prompts. Choose from {tuple(pools)}.")
+    if objects not in (None, 1, 2):
+        raise ValueError(f"objects={objects!r} cannot be asked for. Choose 1, 2 or None (each in turn).")
+    rng = np.random.default_rng((seed, len(SPLITS) + tuple(pools).index(split)))
+    durations = [(frames, fps) for frames, rates in DURATIONS.items() for fps in (rates * 2)[:2]]
+    out = []
+    for i in range(count):
+        # Like the digits of a clock: every 12 have all canvases and lengths, every 72 all their combinations.
+        labels = draw_labels(rng, objects or 1 + i % 2, pools[split])
+        width, height = CANVASES[i // 2 % len(CANVASES)]
+        frames, fps = durations[(i // 2 + i // 12) % len(durations)]
+        out.append(Prompt(describe(labels, moving=True), width, height, frames, fps))
+    return out
+
+
+# Reading the labels back
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the scorer saw of one object: its label, and where it was, centre_Tx2 in pixels (nan: not seen).
+
+    shape and motion are "none" where nothing fits; motion is None in a picture.
+    """
+
+    label: Label
+    centre_Tx2: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """Which parts of a caption a clip shows. `all` is not the conjunction: it asks for them on the same objects."""
+
+    colour: bool
+    shape: bool
+    motion: bool
+    all: bool
+
+
+def _chroma(rgb):
+    """Colour less its brightness: what mixing with grey shrinks and does not turn."""
+    rgb = np.asarray(rgb, np.float32) / 255
+    return rgb - rgb.mean(-1, keepdims=True)
+
+
+_CHROMA_Cx3 = _chroma(list(COLOURS.values()))
+_DIRECTION_Cx3 = _CHROMA_Cx3 / np.linalg.norm(_CHROMA_Cx3, axis=1, keepdims=True)
+_STRONG = 0.35  # the share of colour in a pixel that counts as the object's rather than as a ghost or as noise
+_LEAST_AREA, _MOST_AREA = 0.8, 6.0  # of an object, in squared radii of the pair's and of the single's rule
+_LEAST_LIKENESS = 0.8  # correlation with the best template; less is no shape
+
+
+def score(video_TxYxXx3, time_T):
+    """Reads colours, shapes and motions from pixels alone: a tuple of at most 2 Readings, the largest first.
+
+    video_TxYxXx3: uint8; time_T: seconds. It bears blur, noise of 8 / 255 per channel and faint ghosts. Without a
+    saturated region as large as an object there is no reading.
+    """
+    time_T = np.asarray(time_T, np.float64)
+    frames, height, width, _ = video_TxYxXx3.shape
+    chroma_TxYxXx3 = _chroma(video_TxYxXx3)
+    chroma_TxYxXx3 = chroma_TxYxXx3 - np.median(chroma_TxYxXx3, axis=(0, 1, 2))  # the background's tint
+    along_TxYxXxC = chroma_TxYxXx3 @ _DIRECTION_Cx3.T
+    nearest_TxYxX = along_TxYxXxC.argmax(-1)
+    # A mixture of a colour and grey holds the colour in this share.
+    share_TxYxXxC = np.clip(along_TxYxXxC / np.linalg.norm(_CHROMA_Cx3, axis=1), 0, 1)
+    own_TxYxX = np.take_along_axis(share_TxYxXxC, nearest_TxYxX[..., None], -1)[..., 0]
+    own_TxYxX = np.where(own_TxYxX > _STRONG, own_TxYxX, 0)
+    area_C = np.bincount(nearest_TxYxX.ravel(), own_TxYxX.ravel(), len(COLOURS)) / frames
+
+    short = min(height, width)
+    least, most = _LEAST_AREA * (_RADIUS[2] * short) ** 2, _MOST_AREA * (_RADIUS[1] * short) ** 2
+    found = [c for c in np.argsort(-area_C)[:2] if max(least, 0.3 * area_C.max()) < area_C[c] < most]
+    # Noise has all colours: what is in neither of the two is no world of at most two objects.
+    if not found or area_C[found].sum() < 0.6 * area_C.sum():
+        return ()
+    nearest_TxYxX = np.array(found)[along_TxYxXxC[..., found].argmax(-1)]
+    readings = []
+    for c in found:
+        share_TxYxX = np.where(nearest_TxYxX == c, share_TxYxXxC[..., c], 0)
+        share_TxYxX, centre_Tx2 = _locate(share_TxYxX, _RADIUS[len(found)] * short, least)
+        motion = _read_motion(centre_Tx2, time_T, _AMPLITUDE[len(found)] * short) if frames > 1 else None
+        label = Label(_read_shape(share_TxYxX, centre_Tx2), tuple(COLOURS)[c], motion)
+        readings.append(Reading(label, centre_Tx2))
+    return tuple(readings)
+
+
+def _locate(share_TxYxX, radius, least):
+    """The object in each frame: its pixels' share_TxYxX (0 elsewhere) and its centre_Tx2.
+
+    nan where its area is below `least` or where much of its colour is elsewhere, as in a clip with two of it.
+    """
+    _, height, width = share_TxYxX.shape
+    y_Y, x_X = np.arange(height) + 0.5, np.arange(width) + 0.5
+    # A sum over boxes finds the object among ghosts and specks; its centre of mass then moves the box onto it.
+    strong_TxYxX = np.where(share_TxYxX > _STRONG, share_TxYxX, 0)
+    near_YxY, near_XxX = np.abs(y_Y[:, None] - y_Y) < radius, np.abs(x_X[:, None] - x_X) < radius
+    sum_TxYxX = near_YxY.astype(np.float32) @ strong_TxYxX @ near_XxX.astype(np.float32)
+    peak_T = sum_TxYxX.reshape(len(sum_TxYxX), -1).argmax(1)
+    centre_Tx2 = np.stack([y_Y[peak_T // width], x_X[peak_T % width]], 1)
+    weak_TxYxX = np.where(share_TxYxX > 0.12, share_TxYxX, 0)  # above the noise: the soft edge that centres need
+    for _ in range(3):
+        far_TxY, far_TxX = np.abs(y_Y - centre_Tx2[:, :1]), np.abs(x_X - centre_Tx2[:, 1:])
+        near_TxYxX = (far_TxY < 1.7 * radius)[:, :, None] & (far_TxX < 1.7 * radius)[:, None]
+        mass_TxYxX = weak_TxYxX * near_TxYxX
+        area_T = np.maximum(mass_TxYxX.sum((1, 2)), 1e-6)
+        centre_Tx2 = np.stack([mass_TxYxX.sum(2) @ y_Y, mass_TxYxX.sum(1) @ x_X], 1) / area_T[:, None]
+    alone_T = (strong_TxYxX * near_TxYxX).sum((1, 2)) > 0.65 * strong_TxYxX.sum((1, 2))
+    return mass_TxYxX, np.where(((area_T > least) & alone_T)[:, None], centre_Tx2, np.nan)
+
+
+def _read_shape(share_TxYxX, centre_Tx2):
+    """The shape whose template, of the same area at the same centres, correlates best over all frames; or "none"."""
+    seen_T = np.isfinite(centre_Tx2[:, 0])
+    if not seen_T.any():
+        return "none"
+    share_TxYxX, centre_Tx2 = share_TxYxX[seen_T], centre_Tx2[seen_T]
+    _, height, width = share_TxYxX.shape
+    size = np.sqrt(share_TxYxX.sum((1, 2)).mean())
+    likeness = {}
+    for shape in SHAPES:
+        radius = size / _AREA_ROOT[shape]
+        depth_TxYxX = _depth(shape, centre_Tx2, radius, height, width)
+        cover_TxYxX, shade_TxYxX = _cover_and_shade(depth_TxYxX, radius)
+        likeness[shape] = np.corrcoef((cover_TxYxX * shade_TxYxX).ravel(), share_TxYxX.ravel())[0, 1]
+    best = max(likeness, key=likeness.get)
+    return best if likeness[best] > _LEAST_LIKENESS else "none"
+
+
+def _area_root(shape):
+    depth_1xYxX = _depth(shape, np.array([[64.0, 64.0]]), 32, 128, 128)
+    return float(np.sqrt(np.prod(_cover_and_shade(depth_1xYxX, 32), axis=0).sum()) / 32)
+
+
+_AREA_ROOT = {shape: _area_root(shape) for shape in SHAPES}  # of a shape of radius 1, its rim counted by its shade
+
+
+def _read_motion(centre_Tx2, time_T, amplitude):
+    """The motion whose orbit fits best (least squares over centre, amplitude and phase); "none" where none fits."""
+    seen_T = np.isfinite(centre_Tx2[:, 0])
+    if seen_T.sum() < max(4, 0.6 * len(time_T)):
+        return "none"
+    angle_T = 2 * np.pi * time_T[seen_T] / PERIOD
+    cos_sin_Tx2 = np.stack([np.cos(angle_T), np.sin(angle_T)], 1)
+    later_Tx2 = np.stack([-np.sin(angle_T), np.cos(angle_T)], 1)  # a quarter period on
+    target_P = centre_Tx2[seen_T].ravel()
+    shift_Px2 = np.tile(np.eye(2), (len(angle_T), 1))
+    best, best_error = "none", 0.3 * amplitude
+    for motion, orbit_2x2 in ORBITS.items():
+        waves_Px2 = np.stack([(x @ np.transpose(orbit_2x2)).ravel() for x in (cos_sin_Tx2, later_Tx2)], 1)
+        design_Px4 = np.concatenate([shift_Px2, waves_Px2], 1)
+        fit_4 = np.linalg.lstsq(design_Px4, target_P, rcond=None)[0]
+        error = np.sqrt(2 * np.mean((design_Px4 @ fit_4 - target_P) ** 2))
+        if error < best_error and 0.4 < np.hypot(*fit_4[2:]) / amplitude < 2:
+            best, best_error = motion, error
+    return best
+
+
+def followed(readings, text):
+    """What of a caption the readings show, as Followed. A caption of a picture asks for no motion."""
+    asked = parse_caption(text)
+    seen = [r.label for r in readings]
+    if not any(x.motion for x in asked):
+        seen = [x._replace(motion=None) for x in seen]
+    same = [sorted(map(str, a)) == sorted(map(str, b)) for a, b in zip(_parts(asked), _parts(seen), strict=True)]
+    return Followed(*same)
+
+
+def _parts(labels):
+    return [x.colour for x in labels], [x.shape for x in labels], [x.motion for x in labels], labels
+
+
+def chance(text):
+    """The probabilities of each part of Followed for a clip of as many objects with random labels."""
+    asked = parse_caption(text)
+    moving = any(x.motion for x in asked)
+    c, s, m = len(COLOURS), len(SHAPES), len(MOTIONS) if moving else 1
+    if len(asked) == 1:
+        return {"colour": 1 / c, "shape": 1 / s, "motion": 1 / m, "all": 1 / (c * s * m)}
+    pairs = c * (c - 1)  # two objects have different colours; the order is free
+    orders_s, orders_m = (len({getattr(x, part) for x in asked}) for part in ("shape", "motion"))
+    return {
+        "colour": 2 / pairs,
+        "shape": orders_s / s**2,
+        "motion": orders_m / m**2,
+        "all": 2 / (pairs * s**2 * m**2),
+    }

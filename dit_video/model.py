@@ -1,0 +1,323 @@
+"""The diffusion transformer: one class, few knobs, for DiT (Peebles and Xie 2023), SiT, Latte, Wan 2.x and our own.
+
+B rows, N patches per row, P values per patch, G groups per row, S text tokens per row, E text width, I image tokens,
+D model width, H heads, K head width, F width of the feed-forward, L layers.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_video.attention import attend, layer_norm, rms_norm, rope_angles, rotate, sinusoids, spread
+from dit_video.patches import Cond, Patches
+
+
+class DiT(nn.Module):
+    """Pre-norm transformer blocks, modulated by (level, condition). Weights are stacked, [L, in, out], and scanned.
+
+    modulation: 'block', Dense(SiLU(c)) in every block and in the last layer; or 'shared', one Dense(SiLU(c)) plus a
+        table per block, and for the last layer a table plus c itself.
+    position: 'rope' (t, y, x) or 'table' (sin-cos over y and x, added once).
+    qk_norm: 'none', 'head' (RMS over a head), 'width' (RMS over all heads jointly).
+    text: 'none', 'pooled' (mean of the prompt's tokens, of width D, added to the level's embedding), 'cross'
+        (cross-attention by prompt; text_norm: LayerNorm with affine before it).
+    image: a second cross-attention with its own k, v and norm, outputs added (Wan's image to video).
+    level_scale, level_direction: the embedding's input is scale * s for 'noise' (s = 1 is noise), scale * (1 - s)
+        for 'data'.
+    attention_pattern: what each layer of a period attends to: 'all', 'space' (its frame), 'time' (its place).
+    pos_scale, pos_offset: index = pos * scale + offset, per axis (t, y, x).
+    span: the longest clip's patches, if the caller promises one (see `attend`).
+    """
+
+    patch_values: int
+    out_values: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    modulation: str = "shared"
+    position: str = "rope"
+    qk_norm: str = "head"
+    text: str = "cross"
+    text_width: int = 0
+    text_norm: bool = True
+    image_width: int = 0
+    level_scale: float = 1.0
+    level_direction: str = "noise"
+    level_features: int = 256
+    attention_pattern: tuple[str, ...] = ("all",)
+    pos_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    pos_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    rope_theta: float = 10_000.0
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+    span: int | None = None
+    window: int | None = None
+
+    @nn.compact
+    def __call__(self, patches: Patches, cond: Cond | None):
+        """The network's raw output, out_BxNx(out_values); padding is zeroed on entry."""
+        D, L, dtype = self.width, self.depth, self.dtype
+        real_BxN = patches.seg_BxN != 0
+        index_BxNx3 = patches.pos_BxNx3 * jnp.array(self.pos_scale) + jnp.array(self.pos_offset)
+        x_BxNxP = jnp.where(real_BxN[..., None], patches.x_BxNxP, 0).astype(dtype)
+
+        h_BxNxD = _dense(self, "patch", self.patch_values, D)(x_BxNxP)
+        if self.position == "table":
+            h_BxNxD = h_BxNxD + sincos_table(index_BxNx3, D).astype(dtype)
+            rope = None
+        else:
+            angles = rope_angles(index_BxNx3, D // self.heads, self.rope_theta)
+            rope = jnp.cos(angles), jnp.sin(angles)
+
+        level = patches.level_BxG if self.level_direction == "noise" else 1 - patches.level_BxG
+        c_BxGxD = sinusoids(level * self.level_scale, self.level_features).astype(dtype)
+        c_BxGxD = _dense(self, "level_in", self.level_features, D, normal=0.02)(c_BxGxD)
+        c_BxGxD = _dense(self, "level_out", D, D, normal=0.02)(nn.silu(c_BxGxD))
+        if self.text == "pooled":
+            c_BxGxD = c_BxGxD + pool(cond.text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
+
+        context = {"tags": self._tags(patches), "rope": rope, "group_BxN": patches.group_BxN}
+        context["prompt_tag"] = (patches.prompt_BxN, jnp.zeros_like(patches.prompt_BxN))
+        if self.text == "cross":
+            text = _dense(self, "text_in", self.text_width, D)(cond.text_BxSxE.astype(dtype))
+            context["text_BxSxD"] = _dense(self, "text_out", D, D)(nn.gelu(text))
+            context["text_tag"] = (cond.prompt_BxS, jnp.zeros_like(cond.prompt_BxS))
+        if self.image_width:
+            context["image_BxIxD"] = self._image(cond.image_BxIxE.astype(dtype))
+            context["image_tag"] = (cond.image_prompt_BxI, jnp.zeros_like(cond.image_prompt_BxI))
+
+        if self.modulation == "shared":
+            context["mod_BxGx6D"] = _dense(self, "mod", D, 6 * D, zero=True)(nn.silu(c_BxGxD))
+        else:
+            context["c_BxGxD"] = nn.silu(c_BxGxD)
+        h_BxNxD = self._blocks(h_BxNxD, context)
+
+        if self.modulation == "shared":
+            table = self.param("last_table", nn.initializers.zeros, (2 * D,), jnp.float32)
+            last_BxGx2D = jnp.concatenate([c_BxGxD, c_BxGxD], -1) + table.astype(dtype)
+        else:
+            last_BxGx2D = _dense(self, "last_mod", D, 2 * D, zero=True)(nn.silu(c_BxGxD))
+        shift, scale = jnp.split(spread(last_BxGx2D, patches.group_BxN), 2, -1)
+        h_BxNxD = layer_norm(h_BxNxD) * (1 + scale) + shift
+        return _dense(self, "last", D, self.out_values, zero=True)(h_BxNxD)
+
+    def _blocks(self, h_BxNxD, context):
+        period = len(self.attention_pattern)
+        if self.depth % period:
+            raise ValueError(f"depth={self.depth} is not a multiple of the attention pattern's {period} layers.")
+        weights = {name: self.param(f"block_{name}", *spec) for name, spec in block_parameters(self).items()}
+        weights = jax.tree.map(lambda w: w.reshape(self.depth // period, period, *w.shape[1:]), weights)
+
+        def layers(h, w):
+            for i, attended in enumerate(self.attention_pattern):
+                h = block(self, {k: v[i].astype(self.dtype) for k, v in w.items()}, h, context, attended)
+            return h, None
+
+        if self.remat != "none":
+            policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            layers = jax.checkpoint(layers, policy=policies[self.remat], prevent_cse=False)
+        return jax.lax.scan(layers, h_BxNxD, weights, unroll=min(self.unroll, self.depth // period))[0]
+
+    def _tags(self, patches):
+        seg, frame = patches.seg_BxN, patches.frame_BxN
+        # A clip's frame, or a clip's place, becomes a segment of its own by numbering the pairs within the row.
+        tags = {"all": (seg, jnp.zeros_like(seg))}
+        if "space" in self.attention_pattern:
+            tags["space"] = (jnp.where(seg > 0, seg * (frame.max() + 1) + frame, 0), jnp.zeros_like(seg))
+        if "time" in self.attention_pattern:
+            # Twice the centre, as patches of odd size have their centres at half pixels.
+            y, x = jnp.round(2 * patches.pos_BxNx3[..., 1:]).astype(jnp.int32).transpose(2, 0, 1)
+            place = (seg * (y.max() + 1) + y) * (x.max() + 1) + x
+            tags["time"] = (jnp.where(seg > 0, place, 0), jnp.zeros_like(seg))
+        return tags
+
+    def _image(self, image_BxIxE):
+        """Wan's projection of an image encoder's tokens: norm, two dense layers with exact GELU, norm."""
+        affine = lambda x, name, width: (
+            layer_norm(x, 1e-5) * self.param(f"{name}_gain", nn.initializers.ones, (width,))
+            + self.param(f"{name}_bias", nn.initializers.zeros, (width,))
+        )
+        h = affine(image_BxIxE, "image_norm_in", self.image_width)
+        h = nn.gelu(_dense(self, "image_in", self.image_width, self.image_width)(h), approximate=False)
+        return affine(_dense(self, "image_out", self.image_width, self.width)(h), "image_norm_out", self.width)
+
+
+def block_parameters(m: DiT) -> dict[str, tuple]:
+    """name -> (initializer, shape, dtype) of a block's weights, stacked over the L layers."""
+    D, F, L, K = m.width, m.mlp_width, m.depth, m.width // m.heads
+    xavier = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", batch_axis=(0,))
+    zeros, ones, out = nn.initializers.zeros, nn.initializers.ones, {}
+
+    def dense(name, n_in, n_out, init=xavier):
+        out[name] = (init, (L, n_in, n_out), jnp.float32)
+        out[f"{name}_bias"] = (zeros, (L, n_out), jnp.float32)
+
+    def norm_gain(*names):
+        for name in names:
+            if m.qk_norm != "none":
+                out[name] = (ones, (L, K if m.qk_norm == "head" else D), jnp.float32)
+
+    for name in ("q", "k", "v", "o"):
+        dense(name, D, D)
+    norm_gain("q_norm", "k_norm")
+    if m.text == "cross":
+        for name in ("text_q", "text_k", "text_v", "text_o"):
+            dense(name, D, D)
+        norm_gain("text_q_norm", "text_k_norm")
+        if m.text_norm:
+            out["text_norm_gain"], out["text_norm_bias"] = (ones, (L, D), jnp.float32), (zeros, (L, D), jnp.float32)
+    if m.image_width:
+        dense("image_k", D, D)
+        dense("image_v", D, D)
+        norm_gain("image_k_norm")
+    dense("mlp_in", D, F)
+    dense("mlp_out", F, D)
+    if m.modulation == "shared":
+        out["mod_table"] = (zeros, (L, 6 * D), jnp.float32)
+    else:
+        dense("mod", D, 6 * D, zeros)
+    return out
+
+
+def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str):
+    """One block: modulated self-attention, cross-attention, modulated feed-forward (DiT, fig. 3; Wan 2.1, fig. 10)."""
+    B, N, D = h_BxNxD.shape
+    dense = lambda x, name: x @ w[name] + w[f"{name}_bias"]
+    heads = lambda x: x.reshape(B, -1, m.heads, D // m.heads)
+
+    def normed(x_BxNxD, name):
+        if m.qk_norm == "none":
+            return heads(x_BxNxD)
+        return heads(rms_norm(x_BxNxD, w[name])) if m.qk_norm == "width" else rms_norm(heads(x_BxNxD), w[name])
+
+    if m.modulation == "shared":
+        mod_BxGx6D = context["mod_BxGx6D"] + w["mod_table"]
+    else:
+        mod_BxGx6D = dense(context["c_BxGxD"], "mod")
+    shift1, scale1, gate1, shift2, scale2, gate2 = (
+        spread(part, context["group_BxN"]) for part in jnp.split(mod_BxGx6D, 6, -1)
+    )
+
+    x_BxNxD = layer_norm(h_BxNxD) * (1 + scale1) + shift1
+    q, k, v = normed(dense(x_BxNxD, "q"), "q_norm"), normed(dense(x_BxNxD, "k"), "k_norm"), heads(dense(x_BxNxD, "v"))
+    if context["rope"] is not None:
+        q, k = rotate(q, *context["rope"]), rotate(k, *context["rope"])
+    tag = context["tags"][attended]
+    o, _ = attend(q, k, v, tag, tag, window=m.window, span=m.span)
+    h_BxNxD = h_BxNxD + gate1 * dense(o.reshape(B, N, D), "o")
+
+    if m.text == "cross":
+        x_BxNxD = layer_norm(h_BxNxD) * w["text_norm_gain"] + w["text_norm_bias"] if m.text_norm else h_BxNxD
+        q = normed(dense(x_BxNxD, "text_q"), "text_q_norm")
+        text = context["text_BxSxD"]
+        k, v = normed(dense(text, "text_k"), "text_k_norm"), heads(dense(text, "text_v"))
+        o, _ = attend(q, k, v, context["prompt_tag"], context["text_tag"])
+        if m.image_width:
+            image = context["image_BxIxD"]
+            k, v = normed(dense(image, "image_k"), "image_k_norm"), heads(dense(image, "image_v"))
+            o = o + attend(q, k, v, context["prompt_tag"], context["image_tag"])[0]
+        h_BxNxD = h_BxNxD + dense(o.reshape(B, N, D), "text_o")
+
+    x_BxNxD = layer_norm(h_BxNxD) * (1 + scale2) + shift2
+    return h_BxNxD + gate2 * dense(nn.gelu(dense(x_BxNxD, "mlp_in")), "mlp_out")
+
+
+def _dense(module, name, n_in, n_out, zero=False, normal=None):
+    """A dense layer on `module`'s own parameters: name [in, out] and name_bias [out]; xavier unless told otherwise."""
+    init = nn.initializers.zeros if zero else nn.initializers.xavier_uniform()
+    weight = module.param(name, nn.initializers.normal(normal) if normal else init, (n_in, n_out), jnp.float32)
+    bias = module.param(f"{name}_bias", nn.initializers.zeros, (n_out,), jnp.float32)
+    return lambda x: x @ weight.astype(x.dtype) + bias.astype(x.dtype)
+
+
+def sincos_table(index_BxNx3, width: int):
+    """DiT's position table at any real (y, x): the first half of the dims is the column's, each [sin | cos]."""
+    half = lambda t: sinusoids(t, width // 2)
+    swap = lambda cos_sin: jnp.concatenate(jnp.split(cos_sin, 2, -1)[::-1], -1)
+    return jnp.concatenate([swap(half(index_BxNx3[..., 2])), swap(half(index_BxNx3[..., 1]))], -1)
+
+
+def pool(text_BxSxE, prompt_BxS, seg_BxG):
+    """The mean of each group's prompt's tokens, pooled_BxGxE; 0 for a group without tokens."""
+    mine_BxGxS = (seg_BxG[:, :, None] == prompt_BxS[:, None, :]) & (prompt_BxS[:, None, :] != 0)
+    count_BxGx1 = jnp.maximum(mine_BxGxS.sum(-1, keepdims=True), 1)
+    return jnp.einsum("bgs,bse->bge", mine_BxGxS.astype(text_BxSxE.dtype), text_BxSxE) / count_BxGx1
+
+
+def to_velocity(out_BxNxP, z_BxNxP, level_BxN, predict: str, s_min: float = 0.05):
+    """The velocity v = e - x from what the network gives at z = (1 - s) x + s e: 'v', 'x' or 'e'."""
+    s = level_BxN[..., None]
+    if predict == "x":
+        return (z_BxNxP - out_BxNxP) / jnp.maximum(s, s_min)
+    if predict == "e":
+        return (out_BxNxP - z_BxNxP) / jnp.maximum(1 - s, s_min)
+    if predict == "v":
+        return out_BxNxP
+    raise ValueError(f"model.predict={predict!r} is not known. Allowed: 'x', 'v', 'e'.")
+
+
+def macs(m: DiT, clip_lengths, text_lengths=(), groups: int = 1) -> int:
+    """Multiply-accumulates of one forward pass over clips of the given numbers of patches and text tokens.
+
+    Only the pairs that segments allow are counted, so the figure is the model's work, not the kernel's. For DiT it
+    is L(12ND^2 + 2N^2D + 6D^2) + N*C*p^2*D + 256D + D^2 + 2D^2 + 2N*D*p^2*C.
+    """
+    D, L, N, S = m.width, m.depth, sum(clip_lengths), sum(text_lengths)
+    pairs = sum(n * n for n in clip_lengths)
+    layer = 4 * N * D * D + 2 * pairs * D + 2 * N * D * m.mlp_width
+    total = N * (m.patch_values + m.out_values) * D + groups * (m.level_features * D + D * D)
+    if m.modulation == "shared":
+        total += groups * 6 * D * D
+    else:
+        layer += groups * 6 * D * D
+        total += groups * 2 * D * D
+    if m.text == "cross":
+        layer += 2 * N * D * D + 2 * S * D * D + 2 * D * sum(n * s for n, s in zip(clip_lengths, text_lengths))
+        total += S * (m.text_width * D + D * D)
+    return L * layer + total
+
+
+def make_model(config, channels: int, span: int | None = None, window: int | None = None) -> DiT:
+    """The DiT of `config.model` over a codec's channels; span: the longest clip's patches, promised by the packer."""
+    m = config.model
+    if m.width % m.heads or (m.position == "rope" and (m.width // m.heads) % 2):
+        raise ValueError(f"model.width={m.width} does not split into model.heads={m.heads} heads of even width.")
+    if m.text == "pooled" and config.text.width != m.width:
+        raise ValueError(f"text.width={config.text.width} must equal model.width={m.width} where text is pooled.")
+    cells = int(np.prod(m.patch))
+    return DiT(
+        patch_values=cells * channels,
+        out_values=cells * (m.out_channels or channels),
+        text_width=config.text.width,
+        pos_scale=tuple(m.pos_scale),
+        pos_offset=tuple(m.pos_offset),
+        attention_pattern=tuple(m.attention_pattern),
+        dtype=jnp.dtype(m.dtype),
+        span=span,
+        window=window,
+        **{
+            key: m[key]
+            for key in "width depth heads mlp_width modulation position qk_norm text text_norm image_width "
+            "level_scale level_direction remat unroll".split()
+        },
+    )
+
+
+def make_velocity(model: DiT, config):
+    """velocity(params_dit, patches, cond) -> v_BxNxP, float32: the model's only face, whatever it predicts."""
+
+    def velocity(params, patches: Patches, cond: Cond | None):
+        out = model.apply({"params": params}, patches, cond).astype(jnp.float32)
+        P = patches.x_BxNxP.shape[-1]
+        if out.shape[-1] != P:  # learned variances beside the prediction: (cells, 2C) -> the first C of each cell
+            cells = int(np.prod(config.model.patch))
+            out = out.reshape(*out.shape[:2], cells, -1)[..., : P // cells].reshape(*out.shape[:2], P)
+        level_BxN = spread(patches.level_BxG[..., None], patches.group_BxN)[..., 0]
+        return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, config.model.s_min)
+
+    return velocity

@@ -1,0 +1,258 @@
+"""Clips as spacetime patches, and many clips packed in one row (Patch n' Pack; Dehghani et al. 2023, sec. 2).
+
+B rows in a batch, N patches per row, G groups per row, P values per patch (pt*ph*pw*C), S text tokens per row,
+K values per text token, E text width, T x Y x X a clip's grid of latents, C latent channels, n patches and s text tokens of one clip.
+
+Everything here but `Patches` itself is numpy: the loader packs without touching a device.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from einops import rearrange
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One captioned clip, as every data source gives it. Host only.
+
+    video_TxYxXx3: uint8, T frames (1 = a picture); time_T: float32 seconds of each frame, from 0, increasing;
+    caption: may be empty; uid: 32-bit name of (source, index, epoch); noise and levels in training hang on it.
+    """
+
+    video_TxYxXx3: np.ndarray
+    time_T: np.ndarray
+    caption: str
+    uid: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Rows of packed patches: what they hold, where they lie, and how noisy each group of them is.
+
+    x_BxNxP: float, patch contents (latents); 0 in padding.
+    pos_BxNx3: float32 (t, y, x): t in seconds, the last frame that the patch covers; y, x its centre in codec pixels.
+    seg_BxN: int32, which clip of the row, from 1; 0 = padding. A clip's patches are contiguous.
+    frame_BxN: int32, the index of the latent frame in its clip.
+    group_BxN: int32 in [0, G), the group of the row that shares one level: a clip, a frame or a region.
+    prompt_BxN: int32, which of the row's prompts the patch sees; by default its clip's segment.
+    uid_BxN: uint32, the patch's name, from (clip, index in the full clip): training noise hangs on it.
+    level_BxG: float32, the group's noise level: 0 = clean, 1 = pure noise.
+    seg_BxG: int32, the clip of a group; 0 = no group there.
+    clip_BxG: uint32, the name of the group's clip: levels and text dropout hang on it.
+    """
+
+    x_BxNxP: jax.Array
+    pos_BxNx3: jax.Array
+    seg_BxN: jax.Array
+    frame_BxN: jax.Array
+    group_BxN: jax.Array
+    prompt_BxN: jax.Array
+    uid_BxN: jax.Array
+    level_BxG: jax.Array
+    seg_BxG: jax.Array
+    clip_BxG: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Packed rows and the prompts that they see, as the loader yields them.
+
+    ids_BxSxK: text tokens as their encoder takes them (int32 bytes of one word each, class labels, or precomputed
+    embeddings); prompt_BxS: int32, which prompt of the row a token belongs to, from 1; 0 = padding.
+    """
+
+    patches: Patches
+    ids_BxSxK: jax.Array
+    prompt_BxS: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cond:
+    """What the patches are asked to show.
+
+    text_BxSxE: embeddings of the row's prompts; prompt_BxS: int32, which prompt a token belongs to, 0 = padding.
+    A class label, or any pooled vector, is a prompt of one token. image_BxIxE, image_prompt_BxI: likewise for
+    the `image` knob.
+    """
+
+    text_BxSxE: jax.Array
+    prompt_BxS: jax.Array
+    image_BxIxE: jax.Array | None = None
+    image_prompt_BxI: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One clip laid out as patches, before it is packed: the fields of Patches without B, groups from 0. Host only."""
+
+    x_nxP: np.ndarray
+    pos_nx3: np.ndarray
+    frame_n: np.ndarray
+    group_n: np.ndarray
+    uid_n: np.ndarray
+    clip: int
+    ids_sxK: np.ndarray
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """What the clip takes of a row: patches, text tokens, groups."""
+        return len(self.x_nxP), len(self.ids_sxK), int(self.group_n.max()) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Where one clip lies in packed rows. shape: its grid in patches (T, Y, X); row, offset: its first patch."""
+
+    shape: tuple[int, int, int]
+    patch: tuple[int, int, int]
+    row: int = 0
+    offset: int = 0
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+
+def patchify(latents_TxYxXxC, patch: tuple[int, int, int]):
+    """Cuts a clip into patches, in raster order (t, y, x); a patch's values are ordered (pt, py, px, C).
+
+    patch: (pt, py, px) in latents. An image is a clip of T = 1. Returns x_nxP and the Grid; `unpatchify` is the
+    exact inverse. Raises ValueError where the patch does not divide the clip.
+    """
+    shape = latents_TxYxXxC.shape
+    for name, length, step in zip(("frames", "height", "width"), shape, patch):
+        if length % step or length == 0:
+            raise ValueError(
+                f"{name}={length} latents cannot be cut into patches of {step}. "
+                f"Nearest: {max(length // step, 1) * step} or {(length // step + 1) * step}."
+            )
+    x_nxP = rearrange(
+        latents_TxYxXxC,
+        "(T pt) (Y py) (X px) C -> (T Y X) (pt py px C)",
+        pt=patch[0],
+        py=patch[1],
+        px=patch[2],
+    )
+    return x_nxP, Grid(tuple(n // p for n, p in zip(shape, patch)), tuple(patch))
+
+
+def unpatchify(x_nxP, grid: Grid):
+    """The clip's latents_TxYxXxC from its patches: the exact inverse of `patchify`."""
+    (T, Y, X), (pt, py, px) = grid.shape, grid.patch
+    return rearrange(x_nxP, "(T Y X) (pt py px C) -> (T pt) (Y py) (X px) C", T=T, Y=Y, X=X, pt=pt, py=py, px=px)
+
+
+def name(clip: int, index_n: np.ndarray) -> np.ndarray:
+    """uint32 names of patches from their clip's name and their index in the full clip (murmur3's finaliser)."""
+    h = np.uint32(clip & 0xFFFFFFFF) ^ (np.asarray(index_n, np.uint32) * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15))
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
+    return h ^ (h >> np.uint32(16))
+
+
+def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, groups: str = "frame"):
+    """One clip as a Piece: patches with real coordinates, frame indices, groups and names.
+
+    time_T: seconds of the last video frame that each latent frame covers; stride_yx: codec pixels per latent.
+    groups: 'frame' gives each latent frame of patches a level of its own, 'clip' one level to all.
+    """
+    x_nxP, grid = patchify(latents_TxYxXxC, patch)
+    T, Y, X = grid.shape
+    t, y, x = np.meshgrid(np.arange(T), np.arange(Y), np.arange(X), indexing="ij")
+    side_y, side_x = patch[1] * stride_yx[0], patch[2] * stride_yx[1]
+    seconds = np.asarray(time_T, np.float32)[patch[0] - 1 :: patch[0]]
+    pos = np.stack([seconds[t], (y + 0.5) * side_y, (x + 0.5) * side_x], -1).astype(np.float32)
+    frame_n = t.reshape(-1).astype(np.int32)
+    piece = Piece(
+        x_nxP=x_nxP,
+        pos_nx3=pos.reshape(-1, 3),
+        frame_n=frame_n,
+        group_n=frame_n if groups == "frame" else np.zeros_like(frame_n),
+        uid_n=name(clip, np.arange(grid.size)),
+        clip=clip,
+        ids_sxK=ids_sxK,
+    )
+    return piece, grid
+
+
+def choose(sizes: Sequence[tuple[int, ...]], limits: tuple[int, ...], final: float = 0.3) -> list[int]:
+    """Which of the waiting clips, oldest first, fill one row best.
+
+    sizes: (patches, text tokens, groups) of each; limits: the row's. The oldest are taken as they come until the
+    last `final` share of the row; that is filled by a search over sums of the rest (subset sum over patches). The
+    oldest always goes, so none waits for ever.
+    """
+    totals, k = [(0,) * len(limits)], 0
+    while k < len(sizes) and totals[-1][0] < (1 - final) * limits[0]:
+        total = tuple(a + b for a, b in zip(totals[-1], sizes[k]))
+        if any(a > b for a, b in zip(total, limits)):
+            break
+        totals.append(total)
+        k += 1
+    # For each sum of patches c, what the first set of clips found with that sum takes of the rest, and its last clip.
+    room, *others = (limit - used for limit, used in zip(limits, totals[-1]))
+    last_c, used_cxo = np.full(room + 1, -1), np.zeros((room + 1, len(others)), int)
+    found_c = np.arange(room + 1) == 0
+    for i in range(k, len(sizes)):
+        n, *more = sizes[i]
+        if n > room or found_c[room]:
+            continue
+        new_c = np.flatnonzero(found_c[: room + 1 - n] & ~found_c[n:]) + n
+        new_c = new_c[(used_cxo[new_c - n] + more <= others).all(1)]
+        found_c[new_c], last_c[new_c], used_cxo[new_c] = True, i, used_cxo[new_c - n] + more
+    c, ending = int(np.flatnonzero(found_c)[-1]), []
+    while c:
+        ending.append(int(last_c[c]))
+        c -= sizes[last_c[c]][0]
+    return [*range(k), *reversed(ending)]
+
+
+def pack(rows: Sequence[Sequence[Piece]], length: int, groups: int, text: int):
+    """Packs pieces, given row by row, into one Batch of numpy arrays; returns it and where each piece lies.
+
+    length, groups, text: N, G and S of a row. Returns (Batch, list of lists of (row, offset, patches)). Raises
+    ValueError if a row's pieces exceed any of the three.
+    """
+    B, first = len(rows), next((p for row in rows for p in row), None)
+    if first is None:
+        raise ValueError(f"no piece in any of {B} rows: an empty batch has no shape.")
+    P, K = first.x_nxP.shape[1], first.ids_sxK.shape[1]
+    zeros = lambda *shape, dtype=np.int32: np.zeros((B, *shape), dtype)
+    x_BxNxP, pos_BxNx3 = zeros(length, P, dtype=first.x_nxP.dtype), zeros(length, 3, dtype=np.float32)
+    seg_BxN, frame_BxN, group_BxN = zeros(length), zeros(length), zeros(length)
+    uid_BxN = zeros(length, dtype=np.uint32)
+    seg_BxG, clip_BxG, level_BxG = zeros(groups), zeros(groups, dtype=np.uint32), zeros(groups, dtype=np.float32)
+    ids_BxSxK, prompt_BxS = zeros(text, K, dtype=first.ids_sxK.dtype), zeros(text)
+    places = []
+    for b, row in enumerate(rows):
+        n0 = g0 = s0 = 0
+        places.append([])
+        for seg, piece in enumerate(row, start=1):
+            n, s, g = piece.size
+            for what, end, limit in (
+                ("patches", n0 + n, length),
+                ("text tokens", s0 + s, text),
+                ("groups", g0 + g, groups),
+            ):
+                if end > limit:
+                    raise ValueError(f"row {b} would hold {end} {what}, and a row has {limit}.")
+            at = slice(n0, n0 + n)
+            x_BxNxP[b, at], pos_BxNx3[b, at], seg_BxN[b, at] = piece.x_nxP, piece.pos_nx3, seg
+            frame_BxN[b, at], group_BxN[b, at], uid_BxN[b, at] = piece.frame_n, piece.group_n + g0, piece.uid_n
+            seg_BxG[b, g0 : g0 + g], clip_BxG[b, g0 : g0 + g] = seg, np.uint32(piece.clip & 0xFFFFFFFF)
+            ids_BxSxK[b, s0 : s0 + s], prompt_BxS[b, s0 : s0 + s] = piece.ids_sxK, seg
+            places[-1].append((b, n0, n))
+            n0, g0, s0 = n0 + n, g0 + g, s0 + s
+    patches = Patches(x_BxNxP, pos_BxNx3, seg_BxN, frame_BxN, group_BxN, seg_BxN, uid_BxN, level_BxG, seg_BxG, clip_BxG)
+    return Batch(patches, ids_BxSxK, prompt_BxS), places
+
+
+def unpack(x_BxNxP, grids: Sequence[Grid]) -> list:
+    """Each clip's latents_TxYxXxC out of packed rows, by where its Grid says that it lies."""
+    return [unpatchify(x_BxNxP[g.row, g.offset : g.offset + g.size], g) for g in grids]
