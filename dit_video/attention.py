@@ -73,35 +73,40 @@ def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = N
     2 * span keys per query. Returns o_BxNxHxK, in q's dtype, and the log of the softmax's denominator
     lse_BxNxH, float32, by which parts can be merged. A query that sees no key gives 0 and -inf.
     """
-    N, block = q_BxNxHxK.shape[1], 64
+    B, N, H, K = q_BxNxHxK.shape
+    block = 64
     reach = None if span is None else -(-(span - 1) // block)
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q_BxNxHxK, k_BxMxHxK, v_BxMxHxK))  # BxHxNxK, once for all products
     if span is None or N % block or (2 * reach + 1) * block >= N:
-        return _softmax_attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, sees(q_tag, k_tag, window))
+        o_BxHxNxK, lse_BxHxN = _softmax_attend(q, k, v, sees(q_tag, k_tag, window)[:, None])
+        return jnp.swapaxes(o_BxHxNxK, 1, 2), jnp.swapaxes(lse_BxHxN, 1, 2)
 
-    def blocks(a):  # BxNx... -> BxCxqx...
-        return a.reshape(a.shape[0], N // block, block, *a.shape[2:])
+    def blocks(a, axis):  # the axis of N in blocks: C x block
+        return a.reshape(*a.shape[:axis], N // block, block, *a.shape[axis + 1 :])
 
-    def around(a):  # each block with the `reach` blocks on either side of it: BxCx(2*reach+1)qx...
-        padded = jnp.pad(blocks(a), [(0, 0), (reach, reach)] + [(0, 0)] * (a.ndim - 1))
-        return jnp.concatenate([padded[:, i : i + N // block] for i in range(2 * reach + 1)], axis=2)
+    def around(a, axis):  # each block with the `reach` blocks on either side of it: C x (2 * reach + 1) * block
+        ends = [(0, 0)] * (a.ndim + 1)
+        ends[axis] = (reach, reach)
+        padded = jnp.pad(blocks(a, axis), ends)
+        near = [jax.lax.slice_in_dim(padded, i, i + N // block, axis=axis) for i in range(2 * reach + 1)]
+        return jnp.concatenate(near, axis=axis + 1)
 
-    mask = sees([blocks(t) for t in q_tag], [around(t) for t in k_tag], window)
-    o, lse = _softmax_attend(blocks(q_BxNxHxK), around(k_BxMxHxK), around(v_BxMxHxK), mask)
-    return o.reshape(q_BxNxHxK.shape), lse.reshape(q_BxNxHxK.shape[:3])
+    mask = sees([blocks(t, 1) for t in q_tag], [around(t, 1) for t in k_tag], window)[:, None]
+    o, lse = _softmax_attend(blocks(q, 2), around(k, 2), around(v, 2), mask)
+    return jnp.swapaxes(o.reshape(B, H, N, K), 1, 2), jnp.swapaxes(lse.reshape(B, H, N), 1, 2)
 
 
 def _softmax_attend(q, k, v, mask):
-    """q_...xNxHxK, k and v_...xMxHxK, mask_...xNxM -> o_...xNxHxK, lse_...xNxH."""
-    logits = jnp.einsum("...nhk,...mhk->...hnm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask[..., None, :, :], logits, -jnp.inf)
+    """q_...xNxK, k and v_...xMxK, mask_...xNxM -> o_...xNxK, lse_...xN."""
+    logits = jnp.einsum("...nk,...mk->...nm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.where(mask, logits, -jnp.inf)
     top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
     total = weights.sum(-1, keepdims=True)
     some = total > 0
     weights = (weights / jnp.where(some, total, 1)).astype(v.dtype)
-    o = jnp.einsum("...hnm,...mhk->...nhk", weights, v)
-    lse = jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top, -jnp.inf)[..., 0]
-    return o, jnp.swapaxes(lse, -1, -2)
+    o = jnp.einsum("...nm,...mk->...nk", weights, v)
+    return o, jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top, -jnp.inf)[..., 0]
 
 
 @jax.custom_vjp

@@ -61,10 +61,12 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, patches: Patches, cond: Cond | None):
         """The network's raw output, out_BxNx(out_values); padding is zeroed on entry."""
-        D, L, dtype = self.width, self.depth, self.dtype
+        D, dtype = self.width, self.dtype
         real_BxN = patches.seg_BxN != 0
         index_BxNx3 = patches.pos_BxNx3 * jnp.array(self.pos_scale) + jnp.array(self.pos_offset)
         x_BxNxP = jnp.where(real_BxN[..., None], patches.x_BxNxP, 0).astype(dtype)
+        if self.text != "none":
+            text_BxSxE = jnp.where((cond.prompt_BxS != 0)[..., None], cond.text_BxSxE, 0)
 
         h_BxNxD = _dense(self, "patch", self.patch_values, D)(x_BxNxP)
         if self.position == "table":
@@ -79,16 +81,17 @@ class DiT(nn.Module):
         c_BxGxD = _dense(self, "level_in", self.level_features, D, normal=0.02)(c_BxGxD)
         c_BxGxD = _dense(self, "level_out", D, D, normal=0.02)(nn.silu(c_BxGxD))
         if self.text == "pooled":
-            c_BxGxD = c_BxGxD + pool(cond.text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
+            c_BxGxD = c_BxGxD + pool(text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
 
         context = {"tags": self._tags(patches), "rope": rope, "group_BxN": patches.group_BxN}
         context["prompt_tag"] = (patches.prompt_BxN, jnp.zeros_like(patches.prompt_BxN))
         if self.text == "cross":
-            text = _dense(self, "text_in", self.text_width, D)(cond.text_BxSxE.astype(dtype))
+            text = _dense(self, "text_in", self.text_width, D)(text_BxSxE.astype(dtype))
             context["text_BxSxD"] = _dense(self, "text_out", D, D)(nn.gelu(text))
             context["text_tag"] = (cond.prompt_BxS, jnp.zeros_like(cond.prompt_BxS))
         if self.image_width:
-            context["image_BxIxD"] = self._image(cond.image_BxIxE.astype(dtype))
+            image_BxIxE = jnp.where((cond.image_prompt_BxI != 0)[..., None], cond.image_BxIxE, 0)
+            context["image_BxIxD"] = self._image(image_BxIxE.astype(dtype)).astype(dtype)
             context["image_tag"] = (cond.image_prompt_BxI, jnp.zeros_like(cond.image_prompt_BxI))
 
         if self.modulation == "shared":

@@ -184,12 +184,12 @@ def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, group
 def choose(sizes: Sequence[tuple[int, ...]], limits: tuple[int, ...], final: float = 0.3) -> list[int]:
     """Which of the waiting clips, oldest first, fill one row best.
 
-    sizes: (patches, text tokens, groups) of each; limits: the row's. The oldest are taken as they come until the
-    last `final` share of the row; that is filled by a search over sums of the rest (subset sum over patches). The
-    oldest always goes, so none waits for ever.
+    sizes: (patches, text tokens, groups) of each; limits: the row's. The oldest are taken as they come until
+    one of the three is full but for its last `final` share; the rest is filled by a search over sums of patches
+    (subset sum, of which a set that exceeds another limit is no part). The oldest always goes: none waits for ever.
     """
     totals, k = [(0,) * len(limits)], 0
-    while k < len(sizes) and totals[-1][0] < (1 - final) * limits[0]:
+    while k < len(sizes) and all(used < (1 - final) * limit for used, limit in zip(totals[-1], limits)):
         total = tuple(a + b for a, b in zip(totals[-1], sizes[k]))
         if any(a > b for a, b in zip(total, limits)):
             break

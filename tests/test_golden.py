@@ -239,3 +239,9 @@ def test_a_weight_missing_left_over_or_misshapen_is_named(load, family, path):
         family.to_theirs({**params, "dit": {**params["dit"], "novel": np.zeros(3)}}, config)
     with pytest.raises(ValueError, match="block_o"):
         family.to_theirs({**params, "dit": {**params["dit"], "block_o": params["dit"]["block_o"][:, :-1]}}, config)
+
+
+def test_a_configuration_that_the_model_does_not_know_is_refused(load):
+    _, config, _ = load("diffusers/wan_transformer")
+    with pytest.raises(ValueError, match="qk_norm='rms_norm' cannot be imported. Allowed: .'rms_norm_across_heads'"):
+        wan.arguments({**config, "qk_norm": "rms_norm"})

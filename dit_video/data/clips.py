@@ -118,7 +118,7 @@ def scan(root, limits=LIMITS, cache=None):
             media, report = None, dict(status="rejected", reason=error.reason, frames_decoded=0, frames_promised=None)
         return dict(key=key, report=dict(file=name, **report), media=media and dataclasses.asdict(media))
 
-    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders let go of the interpreter lock
+    with futures.ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoders let go of the interpreter lock
         found = list(pool.map(examine, names))
     if cache is not None:
         write_report(found, cache)
@@ -232,7 +232,7 @@ class ClipsSource:
 
     A clip has 1 + time_stride k frames and covers (1 + k) (height / patch[0]) (width / patch[1]) <= max_tokens
     tokens. The frame count is drawn first (k >= 1 wherever the video is long enough; a picture or a shorter video
-    gives one frame), then the size from those that the budget leaves (`legal_sizes`), then the start, uniformly.
+    gives one frame), then the start, uniformly, then the size from those that the budget leaves (`legal_sizes`).
 
     fps: rates to draw from, in frames per second, never above the file's own; None keeps the file's own frames and
     stamps, every n-th with n drawn from `strides` as far as the file is long enough. max_frames bounds the frames,
@@ -327,7 +327,7 @@ def _draw_times(rng, media, max_frames, time_stride, fps, strides):
         available = 1 + (len(stamps) - 1) // stride
     else:
         rate = min(fps[rng.integers(len(fps))], media.fps)
-        available = 1 + int((stamps[-1] + 1e-6) * rate)
+        available = 1 + int((stamps[-1] - stamps[0] + 1e-6) * rate)
     longest = (min(available, max_frames) - 1) // time_stride
     frames = 1 + time_stride * (int(rng.integers(1, longest + 1)) if longest > 0 else 0)
     if own:
@@ -335,7 +335,8 @@ def _draw_times(rng, media, max_frames, time_stride, fps, strides):
         time_T = stamps[first : first + (frames - 1) * stride + 1 : stride]
         return float(time_T[0]), tuple((time_T - time_T[0]).tolist())
     time_T = np.arange(frames) / rate
-    return float(rng.uniform(0, max(0.0, stamps[-1] - time_T[-1]))), tuple(time_T.tolist())
+    latest = max(stamps[0], stamps[-1] - time_T[-1])
+    return float(rng.uniform(stamps[0], latest)), tuple(time_T.tolist())
 
 
 def _draw_cut(rng, media, patch, max_side, max_patches):

@@ -54,7 +54,7 @@ class Limits:
     """What one file may ask of us. What its header claims is held against it before a frame is decoded.
 
     max_pixels of a frame; max_frames, max_seconds and max_fps of a video; max_volume = pixels x frames, what a
-    bomb is large in; timeout_s of wall clock for each pass over a file.
+    bomb is large in; timeout_s of wall clock for one check or one decode.
     """
 
     max_pixels: int = 2 * 3840 * 2160
@@ -74,7 +74,8 @@ class Media:
 
     width, height: pixels, upright and with square pixels (rotation and sample aspect ratio applied).
     rotation: degrees counter-clockwise that make a stored frame upright, after it is turned upside down if `mirror`.
-    frames: how many the header promises, or None. duration: seconds, or None; fps: mean rate, None for a picture.
+    frames: how many the header promises to show, or None. duration: seconds, or None.
+    fps: mean rate, frames per second; None for a picture.
     first_pts: seconds; None for a video without time stamps, whose `fps` is then a guess.
     stamps: seconds of each usable frame from the first frame, increasing; () until `check` has decoded the file.
     """
@@ -131,14 +132,11 @@ def check(path, limits=LIMITS):
         return dataclasses.replace(media, stamps=(0.0,)), _report("ok", "", 1, 1)
 
     stamps, seen, size = [], set(), None
-    decoded = flagged = repeated = back = skipped = 0
+    decoded = flagged = repeated = back = 0
     damage, last_s = "", 0.0
     with _reading(media.path) as file:
         try:
-            for stamp, length, frame in _frames(file, media, limits):
-                if frame is None:
-                    skipped += 1
-                    continue
+            for stamp, length, frame in _frames(file, media, limits, time.monotonic() + limits.timeout_s):
                 decoded += 1
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) != size:
@@ -175,7 +173,7 @@ def check(path, limits=LIMITS):
         raise MediaError(media.path, f"lasts {end:.4g} s (max_seconds {limits.max_seconds:g}): split the file")
 
     reasons = [f"damage after frame {decoded}: {damage}"] if damage else []
-    if promised and not damage and decoded + skipped < promised:
+    if promised and not damage and decoded < promised:
         reasons.append(f"the file ends early: {decoded} of {promised} frames")
     # Without a count, the duration is the promise; sound may outlast the picture a little.
     if not promised and not damage and media.duration and end < media.duration - max(1.0, 0.1 * media.duration):
@@ -212,12 +210,14 @@ def decode(media, start_s, time_T, height, width, limits=LIMITS):
         if media.stamps:
             stamps = np.asarray(media.stamps)
             wanted_T = stamps[np.maximum(np.searchsorted(stamps, wanted_T + _SAME_S, side="right") - 1, 0)]
+        deadline = time.monotonic() + limits.timeout_s
+        window = lambda seek: _window(file, media, wanted_T, height, width, limits, deadline, seek)
         # A container without stamps cannot tell where a seek has led.
         if media.first_pts is not None and media.reader == "av" and wanted_T[0] > 0:
             with contextlib.suppress(_Lost, av.FFmpegError):
-                return _window(file, media, wanted_T, height, width, limits, seek=True)
+                return window(seek=True)
         try:
-            return _window(file, media, wanted_T, height, width, limits, seek=False)
+            return window(seek=False)
         except _Lost as error:
             raise MediaError(media.path, f"changed on disk: {error}") from error
 
@@ -226,7 +226,7 @@ class _Lost(Exception):
     """The decoder did not give the frame that it should have: a seek that overshot, or a file that changed."""
 
 
-def _window(file, media, wanted_T, height, width, limits, seek):
+def _window(file, media, wanted_T, height, width, limits, deadline, seek):
     video_TxYxXx3 = np.empty((len(wanted_T), height, width, 3), np.uint8)
     usable, held, done = set(media.stamps), None, 0
 
@@ -236,18 +236,12 @@ def _window(file, media, wanted_T, height, width, limits, seek):
             video_TxYxXx3[done:until] = _rgb(frame, media, height, width)
             done = until
 
-    for stamp, _, frame in _frames(file, media, limits, wanted_T[0] if seek else None):
-        if frame is None or (usable and stamp not in usable and stamp <= wanted_T[-1]):
-            continue
-        if getattr(frame, "is_corrupt", False):
-            if usable or seek:
-                raise _Lost(f"the frame at {stamp:.4g} s is damaged")
+    for stamp, _, frame in _frames(file, media, limits, deadline, wanted_T[0] if seek else None):
+        if getattr(frame, "is_corrupt", False) or (usable and stamp not in usable):
             continue
         before = int(np.searchsorted(wanted_T, stamp - _SAME_S))  # how many of the times are past without this frame
-        if before > done and held is None and seek:
-            raise _Lost("the seek led too far")
-        if before > done and usable:
-            raise _Lost(f"the frame at {wanted_T[done]:.4g} s is gone")
+        if before > done and (usable or (seek and held is None)):
+            raise _Lost(f"the frame at {wanted_T[done]:.4g} s is gone, or damaged")
         fill(held or frame, before)
         held = frame
         if usable:
@@ -255,7 +249,7 @@ def _window(file, media, wanted_T, height, width, limits, seek):
         if done == len(wanted_T):
             return video_TxYxXx3
     if held is None or usable:
-        raise _Lost(f"the frame at {wanted_T[done]:.4g} s is gone")
+        raise _Lost(f"the frame at {wanted_T[done]:.4g} s is gone, or damaged")
     fill(held, len(wanted_T))
     return video_TxYxXx3
 
@@ -387,20 +381,14 @@ def _opaque(path, picture):
 # Videos: PyAV.
 
 
-def _refuse(url, flags, options):
-    raise PermissionError(f"the file refers to another one, {url!r}: playlists are not followed")
-
-
 def _container(file, limits):
     file.seek(0)
-    limit = str(limits.max_pixels)  # held by the decoder itself, before it allocates
-    return av.open(
-        file,
-        options={"max_pixels": limit, "threads": "1"},
-        metadata_errors="replace",
-        timeout=limits.timeout_s,
-        io_open=_refuse,
-    )
+    options = {
+        "max_pixels": str(limits.max_pixels),  # held by the decoder itself, before it allocates
+        "threads": "1",
+        "protocol_whitelist": "none",  # a playlist must not reach other files, nor the network
+    }
+    return av.open(file, options=options, metadata_errors="replace", timeout=limits.timeout_s)
 
 
 def _stream(container, limits):
@@ -442,6 +430,9 @@ def _probe_video(path, file, limits):
             raise MediaError(path, f"the first frame does not decode: {_words(error)}") from error
         if frame is None:
             raise MediaError(path, f"no frame comes out, {frames or 'an unknown number'} promised")
+        if frames and container.format.name.startswith("mov"):
+            # The count is of the samples stored; an edit list may show fewer of them.
+            frames = sum(not entry.is_discard for entry in stream.index_entries)
         aspect = stream.sample_aspect_ratio
         width = max(1, round(frame.width * aspect)) if aspect else frame.width
         _check_limits(path, limits, max(width, frame.width), frame.height, frames, duration, fps)
@@ -466,13 +457,12 @@ def _mirrored(frame):
     return bool(a * d - b * c < 0)
 
 
-def _frames(file, media, limits, seek_s=None):
+def _frames(file, media, limits, deadline, seek_s=None):
     """Yields (seconds from the first frame, seconds that it lasts, frame), in the order of display.
 
-    From the key frame at or before seek_s, or from the start. The frame is None for a packet that the container's
-    edit list keeps from being shown. Raises what the decoder raises, and TimeoutError past limits.timeout_s.
+    From the key frame at or before seek_s, or from the start. Raises what the decoder raises, and TimeoutError past
+    the deadline (time.monotonic).
     """
-    deadline = time.monotonic() + limits.timeout_s
     late = TimeoutError(f"decoding took over {limits.timeout_s:g} s (timeout_s)")
     if media.reader == "pillow":
         picture = _identify(file, _CERTAIN)
@@ -497,8 +487,6 @@ def _frames(file, media, limits, seek_s=None):
         for packet in container.demux(stream):
             if time.monotonic() > deadline:
                 raise late
-            if packet.is_discard:
-                yield None, None, None
             for frame in packet.decode():
                 if media.first_pts is None:
                     stamp = counted * gap

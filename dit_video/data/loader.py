@@ -23,6 +23,7 @@ from dit_video.data.shapes import ShapesSource
 from dit_video.patches import Batch, Clip, Piece, choose, lay_out, pack
 
 AHEAD = 2  # batches that a thread or worker holds ready
+VALIDATION_SEED = 2**31 - 1  # draws validation's clips and their order, whatever the run's seed
 HELD_OUT = 20  # one file in so many of a folder is for validation
 EMPTY_ROWS = 20  # rows one after the other without a readable clip, before the run stops
 
@@ -50,7 +51,9 @@ class Plan:
     @functools.cached_property
     def order(self) -> grain.MapDataset:
         """Indices of clips, epoch after epoch, each epoch in an order of its own."""
-        return grain.MapDataset.source(self.indices).shuffle(seed=self.seed).repeat()
+        # grain shuffles epoch e by seed + e: hashed, so that one seed's first epoch is not another's second.
+        seed = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+        return grain.MapDataset.source(self.indices).shuffle(seed=seed).repeat()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,9 @@ class Waiting:
 
 def make_source(config, split: str = "train"):
     """The clips that `config.data` asks for; those of 'validation' are the same whatever the seed."""
-    data, seed = config.data, config.seed if split == "train" else 0
+    if split not in ("train", "validation"):
+        raise ValueError(f"split={split!r} is not known. Allowed: 'train', 'validation'.")
+    data, seed = config.data, seed_of(config, split)
     if data.kind == "shapes":
         return ShapesSource(seed, split, data.pair_share, data.still_share)
     if data.kind == "clips":
@@ -107,7 +112,7 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
         codec=codec,
         patch=tuple(config.model.patch),
         group_by=data.group_by,
-        seed=config.seed if split == "train" else 0,
+        seed=seed_of(config, split),
         shards=data.shards,
         rows=data.rows // data.shards,
         limits=(data.length, data.text_length, data.groups),
@@ -116,6 +121,11 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
     )
     own = data.shards // process_count
     return Loader(plan, range(process_index * own, (process_index + 1) * own), data.workers)
+
+
+def seed_of(config, split: str) -> int:
+    """What a split's clips and their order are drawn from."""
+    return config.seed if split == "train" else VALIDATION_SEED
 
 
 def split_indices(source, split: str) -> range | tuple[int, ...]:
@@ -271,7 +281,7 @@ def wait(plan: Plan, shard: int, place: int) -> Waiting:
         check_frames(frames, st)
         for name, length, step in (("height", height, sy * py), ("width", width, sx * px)):
             if length % step:
-                nearest = f"{max(length // step, 1) * step} or {(length // step + 1) * step}"
+                nearest = " or ".join(str(n * step) for n in (length // step, length // step + 1) if n)
                 raise ValueError(f"{name}={length} is no multiple of a patch's {step} pixels. Nearest: {nearest}.")
         T = 1 + (frames - 1) // st
         if T % pt:

@@ -169,8 +169,8 @@ def draw_labels(rng, count, pool=_TRAINED):
 def draw_scene(rng, labels):
     """A Scene of these labels (with motions): centres, phases and background from `rng`.
 
-    Two objects are placed such that they stay apart at all times on every canvas of CANVASES; if no draw of 256 does,
-    the one that comes nearest to it is taken.
+    Two objects are placed such that they stay apart at all times; if no draw of 256 does, the one that comes nearest
+    to it is taken.
     """
     best, best_gap = None, -np.inf
     for _ in range(8):
@@ -211,22 +211,19 @@ def _room(shape, motion, count, height, width):
 
 
 def _gap(labels, centre_RxKx2, phase_RxK):
-    """The least distance between two objects' bounding circles, in short sides, over a period and CANVASES."""
-    angle_t = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    apart_RxtxK = []
+    """The least distance between two objects' bounding circles over a period, in short sides; gap_R.
+
+    It is that of a square canvas; a longer one moves the two centres apart.
+    """
+    path_KxRxtx2 = []
     for k, label in enumerate(labels):
-        angle_Rxt = angle_t + phase_RxK[:, k, None]
-        apart_RxtxK.append(np.stack([np.cos(angle_Rxt), np.sin(angle_Rxt)], -1) @ np.transpose(ORBITS[label.motion]))
-    orbit_Rxtx2 = _AMPLITUDE[2] * (apart_RxtxK[0] - apart_RxtxK[1])
-    nearest_R = np.inf
-    for width, height in sorted({(w / min(w, h), h / min(w, h)) for w, h in CANVASES}):
-        centres = []
-        for k, label in enumerate(labels):
-            low_2, high_2 = _room(label.shape, label.motion, 2, height, width)
-            centres.append(low_2 + centre_RxKx2[:, k] * (high_2 - low_2))
-        away_Rxtx2 = (centres[0] - centres[1])[:, None] + orbit_Rxtx2
-        nearest_R = np.minimum(nearest_R, np.sqrt((away_Rxtx2**2).sum(-1)).min(1))
-    return nearest_R - _RADIUS[2] * sum(_BOUND[x.shape] for x in labels)
+        low_2, high_2 = _room(label.shape, label.motion, 2, 1, 1)
+        angle_Rxt = phase_RxK[:, k, None] + np.linspace(0, 2 * np.pi, 32, endpoint=False)
+        orbit_Rxtx2 = np.stack([np.cos(angle_Rxt), np.sin(angle_Rxt)], -1) @ np.transpose(ORBITS[label.motion])
+        centre_Rx1x2 = (low_2 + centre_RxKx2[:, k] * (high_2 - low_2))[:, None]
+        path_KxRxtx2.append(centre_Rx1x2 + _AMPLITUDE[2] * orbit_Rxtx2)
+    apart_Rxt = np.linalg.norm(path_KxRxtx2[0] - path_KxRxtx2[1], axis=-1)
+    return apart_Rxt.min(1) - _RADIUS[2] * sum(_BOUND[x.shape] for x in labels)
 
 
 # Pixels

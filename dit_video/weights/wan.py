@@ -16,10 +16,10 @@ def arguments(config: Mapping, stride: int = 8, rate: float = 4.0) -> dict:
 
     Raises ValueError where the published configuration asks for what the model does not do.
     """
-    allowed = {"qk_norm": "rms_norm_across_heads", "eps": 1e-6, "added_kv_proj_dim": (None, width(config))}
+    allowed = {"qk_norm": ["rms_norm_across_heads"], "eps": [1e-6], "added_kv_proj_dim": [None, width(config)]}
     for name, values in allowed.items():
-        if config.get(name) not in (values if isinstance(values, tuple) else (values,)):
-            raise ValueError(f"{name}={config.get(name)!r} cannot be imported. Allowed: {values!r}.")
+        if config.get(name) not in values:
+            raise ValueError(f"{name}={config.get(name)!r} cannot be imported. Allowed: {values}.")
     pt, ph, pw = config["patch_size"]
     return {
         "patch_values": pt * ph * pw * config["in_channels"],

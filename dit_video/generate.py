@@ -1,0 +1,146 @@
+"""From requests to videos: lays them out, packs them in shared batches, samples, and takes them out again.
+
+B rows, N patches per row, G groups per row, K = M + 1 levels, T x Y x X a clip's grid.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from etils import epath
+
+from dit_video import checkpoint
+from dit_video.codecs import make_codec, to_uint8
+from dit_video.model import make_model, make_velocity
+from dit_video.patches import Cond, choose, pack, unpack
+from dit_video.sampling import guided, uniform_levels
+from dit_video.sampling import sample as solve
+from dit_video.sharding import batch_sharding
+from dit_video.tasks import Layout, Request, animate, text_to_video
+from dit_video.text import make_text
+from dit_video.weights.native import load_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Weights to sample from: the averaged params {'text', 'dit'}, the run's config, their step and where they lie."""
+
+    params: Any
+    config: ml_collections.ConfigDict
+    step: int
+    source: str
+
+
+def load(path) -> Trained:
+    """The averaged weights of a run's workdir (its newest sound checkpoint) or of a .safetensors file.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    path = epath.Path(path)
+    if path.suffix == ".safetensors":
+        params, config, step = load_weights(path)
+        return Trained(params, ml_collections.ConfigDict(config), step, str(path))
+    for directory in (path / "checkpoints", path):
+        if directory.exists() and (directory / checkpoint.SUMS).exists() or Checked(directory):
+            restored = checkpoint.load(directory, "ema")
+            return Trained(restored.state, ml_collections.ConfigDict(restored.config), restored.step, str(path))
+    raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file of weights.")
+
+
+def Checked(directory) -> bool:
+    """Whether a directory holds complete checkpoints."""
+    return directory.exists() and any((p / checkpoint.SUMS).exists() for p in directory.iterdir() if p.name.isdigit())
+
+
+def sample(requests: Sequence[Request], trained: Trained, mesh=None, **settings) -> list[np.ndarray]:
+    """The requests' videos, each uint8 TxYxXx3, sampled packed in shared batches.
+
+    settings: any key of config.sample (steps, solver, shift, guidance, interval) and `row`, the patches of a row,
+    in place of the config's. A request gives the same sample alone or packed with others, up to float rounding.
+    Raises ValueError for a request that cannot be laid out, before anything is compiled.
+    """
+    config = trained.config
+    unknown = set(settings) - {*config.sample, "row"}
+    if unknown:
+        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted([*config.sample, 'row'])}.")
+    how = ml_collections.ConfigDict(config.sample.to_dict() | settings)
+    codec, text = make_codec(config.codec), make_text(config.text)
+    layout = Layout(codec, tuple(config.model.patch), text.tokenise, config.data.group_by)
+    level_K = uniform_levels(how.steps, how.shift)
+    tasks = [(animate if r.image_YxXx3 is not None else text_to_video)(r, layout, level_K) for r in requests]
+
+    largest = max(task.grid.size for task in tasks)
+    length = _round_up(max(largest, min(settings.get("row", config.data.length), sum(t.grid.size for t in tasks))), 64)
+    rows = _rows(tasks, length)
+    devices = mesh.size if mesh is not None else 1
+    rows += [[]] * (-len(rows) % devices)
+    packed = [[tasks[i].piece for i in row] for row in rows]
+    groups = _round_up(max(sum(p.size[2] for p in row) for row in packed), 8)
+    tokens = _round_up(max(sum(p.size[1] for p in row) for row in packed), 64)
+    batch, places = pack(packed, length, groups, tokens)
+
+    level_KxBxG = np.zeros((len(level_K), len(rows), groups), np.float32)
+    scale_BxG = np.ones((len(rows), groups), np.float32)
+    grids = {}
+    for b, row in enumerate(rows):
+        for seg, i in enumerate(row, start=1):
+            mine_G = batch.patches.seg_BxG[b] == seg
+            level_KxBxG[:, b, mine_G] = tasks[i].level_Kxg
+            scale_BxG[b, mine_G] = how.guidance if requests[i].guidance is None else requests[i].guidance
+            grids[i] = dataclasses.replace(tasks[i].grid, row=b, offset=places[b][seg - 1][1])
+
+    run = _sampler(config.to_json(), how.solver, tuple(how.interval), bool((scale_BxG != 1).any()), largest)
+    arguments = (trained.params, batch, level_KxBxG, scale_BxG)
+    if mesh is not None:
+        put = lambda a, axis: jax.device_put(a, batch_sharding(mesh, axis))
+        arguments = (
+            jax.device_put(trained.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+            jax.tree.map(lambda a: put(a, 0), batch),
+            put(level_KxBxG, 1),
+            put(scale_BxG, 0),
+        )
+    x_BxNxP = np.asarray(jax.device_get(run(*arguments)))
+    return [to_uint8(codec.decode(latents)) for latents in unpack(x_BxNxP, [grids[i] for i in range(len(requests))])]
+
+
+def _rows(tasks, length: int) -> list[list[int]]:
+    """Which requests share a row, in order of asking."""
+    left, rows = list(range(len(tasks))), []
+    while left:
+        chosen = choose([(tasks[i].grid.size,) for i in left], (length,))
+        rows.append(sorted(left[c] for c in chosen))
+        left = [i for i in left if i not in rows[-1]]
+    return rows
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide: bool, span: int):
+    """The compiled sampler of a config; jit keeps one program per layout."""
+    config = ml_collections.ConfigDict(json.loads(config_json))
+    text = make_text(config.text)
+    velocity = make_velocity(make_model(config, make_codec(config.codec).channels, span=span), config)
+
+    @jax.jit
+    def run(params, batch, level_KxBxG, scale_BxG):
+        def encode(drop):
+            ids, prompt = text.drop(batch.ids_BxSxK, batch.prompt_BxS, jnp.full(batch.prompt_BxS.shape, drop))
+            return Cond(text.module.apply({"params": params["text"]}, ids, prompt), prompt)
+
+        cond = encode(False)
+        conditioned = lambda patches, cond: velocity(params["dit"], patches, cond)
+        velocity_fn = functools.partial(conditioned, cond=cond)
+        if guide:
+            velocity_fn = guided(conditioned, cond, encode(True), scale_BxG, interval)
+        return solve(velocity_fn, batch.patches, level_KxBxG, solver).x_BxNxP
+
+    return run
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step

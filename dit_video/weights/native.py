@@ -1,0 +1,40 @@
+"""Our own weights as one safetensors file: what is needed to sample, in bfloat16, with the config beside it."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors.numpy import load as parse
+from safetensors.numpy import save as serialise
+
+
+def save_weights(path, params, config, step: int) -> None:
+    """Writes params {'text', 'dit'} to a .safetensors file: bfloat16, names joined by '/', the config as metadata."""
+    named = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    tensors = {name: np.asarray(leaf).astype(ml_dtypes.bfloat16) for name, leaf in named.items()}
+    metadata = {"config": json.dumps(config.to_dict()), "step": str(step)}
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(serialise(tensors, metadata))
+
+
+def load_weights(path):
+    """(params as float32 numpy arrays, config dict, step) of a file that `save_weights` wrote.
+
+    Raises ValueError where the file carries no config: it is not ours.
+    """
+    data = epath.Path(path).read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    if "config" not in metadata:
+        raise ValueError(f"{path} carries no dit_video config: convert published weights first.")
+    params = {}
+    for name, tensor in parse(data).items():
+        *parents, leaf = name.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = tensor.astype(np.float32)
+    return params, json.loads(metadata["config"]), int(metadata["step"])

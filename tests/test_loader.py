@@ -1,0 +1,381 @@
+"""The loader: full rows, every clip once an epoch, the same order on any number of processes, exact resuming."""
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from dit_video.codecs import make_codec, to_float
+from dit_video.data.clips import ClipsSource
+from dit_video.data.decode import MediaError
+from dit_video.data.loader import Loader, Plan, Shard, fill, make_loader, make_source, split_indices, take
+from dit_video.data.shapes import ShapesSource
+from dit_video.patches import Clip, Grid, unpack
+from dit_video.text import words
+
+CODEC = make_codec(base.get_config().codec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """A tiny folder of clips whose uid says which clip of which epoch it is. Those in `broken` cannot be read."""
+
+    count: int
+    broken: tuple[int, ...] = ()
+
+    def __len__(self):
+        return self.count
+
+    def layout(self, index, epoch):
+        rng = np.random.default_rng((index, epoch))
+        T, Y, X = 1 + 4 * rng.integers(4), *(8 * rng.integers(1, 5, 2))
+        return Layout(int(T), int(Y), int(X), "word " * int(rng.integers(12)))
+
+    def clip(self, index, epoch):
+        if index in self.broken:
+            raise MediaError(f"clip{index}.mp4", "it is cut off")
+        layout = self.layout(index, epoch)
+        video_TxYxXx3 = np.full((layout.frames, layout.height, layout.width, 3), index % 256, np.uint8)
+        return Clip(video_TxYxXx3, np.arange(layout.frames) / np.float32(8), layout.caption, epoch * self.count + index)
+
+
+Layout = collections.namedtuple("Layout", "frames height width caption")
+
+
+def plan(source, **changes):
+    defaults = dict(
+        source=source,
+        indices=range(len(source)),
+        tokenise=words.tokenise,
+        codec=CODEC,
+        patch=(1, 8, 8),
+        group_by="frame",
+        seed=0,
+        shards=2,
+        rows=1,
+        limits=(256, 128, 64),
+        longest=128,
+        waiting=16,
+    )
+    return Plan(**{**defaults, **changes})
+
+
+def small_config(**data):
+    config = base.get_config()
+    config.data.update(dict(length=256, text_length=128, waiting=24, **data))
+    return config
+
+
+@pytest.fixture
+def open_loader():
+    """Builds Loaders and closes them when the test ends."""
+    loaders = []
+
+    def build(*args, **kwargs):
+        loaders.append(make_loader(*args, **kwargs) if not isinstance(args[0], Plan) else Loader(*args, **kwargs))
+        return loaders[-1]
+
+    yield build
+    for loader in loaders:
+        loader.close()
+
+
+def draw(loader, count):
+    return [next(loader) for _ in range(count)]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def uids(batch):
+    """The clips of a batch, row by row."""
+    clip_BxG, seg_BxG = batch.patches.clip_BxG, batch.patches.seg_BxG
+    return [int(clip_BxG[b, g]) for b in range(len(seg_BxG)) for g in range(seg_BxG.shape[1]) if starts(seg_BxG[b], g)]
+
+
+def starts(seg_G, g):
+    return seg_G[g] > 0 and (g == 0 or seg_G[g - 1] != seg_G[g])
+
+
+def planned_fill(plan, rows):
+    """Shares of patches and text in the rows to come, without reading a clip."""
+    shard = Shard(0, 0, [], 0)
+    sizes = [np.sum([w.size for w in take(plan, shard)], 0) for _ in range(rows)]
+    return np.mean(sizes, 0) / plan.limits
+
+
+# What is in the rows
+
+
+def test_rows_of_the_shapes_world_are_full():
+    """At least 98% of the patches are real, over 1,000 rows; of the text, 45 to 55%: its captions are short."""
+    made = plan(ShapesSource(), limits=(1024, 384, 64), waiting=64)
+    patches, text, _ = planned_fill(made, 1000)
+    assert patches >= 0.98 and 0.4 < text < 0.6
+
+
+def test_what_was_planned_is_what_is_packed(open_loader):
+    config = small_config(shards=2, rows=4)
+    batches = draw(open_loader(config, words.tokenise, CODEC), 4)
+    assert np.mean([fill(batch)["patch_fill"] for batch in batches]) > 0.97
+    for batch in batches:
+        seg_BxN = batch.patches.seg_BxN
+        assert fill(batch)["patches"] == sum((row > 0).sum() for row in seg_BxN)
+        assert fill(batch)["clips"] == len(uids(batch)) == sum(len(set(row.tolist()) - {0}) for row in seg_BxN)
+        assert fill(batch)["text"] == (batch.prompt_BxS > 0).sum()
+        # Every clip has a prompt, and no prompt is without its clip.
+        assert all(set(p.tolist()) - {0} == set(s.tolist()) - {0} for p, s in zip(batch.prompt_BxS, seg_BxN))
+
+
+def test_a_packed_clip_is_the_sources_own(open_loader):
+    """Out of its row and through the codec comes the video, to the bit, with its caption and its times."""
+    config = small_config(shards=1, rows=1)
+    source = make_source(config)
+    loader = open_loader(config, words.tokenise, CODEC)
+    waiting = take(loader._plan, Shard(0, 0, [], 0))
+    batch = next(loader)
+    offset = 0
+    for seg, w in enumerate(waiting, 1):
+        clip = source[w.index]
+        frames, height, width, _ = clip.video_TxYxXx3.shape
+        grid = Grid((1 + (frames - 1) // 4, height // 8, width // 8), (1, 8, 8), 0, offset)
+        at = slice(offset, offset + grid.size)
+        (latents_TxYxXxC,) = unpack(batch.patches.x_BxNxP, [grid])
+        np.testing.assert_array_equal(CODEC.decode(latents_TxYxXxC), to_float(clip.video_TxYxXx3))
+        np.testing.assert_array_equal(batch.ids_BxSxK[0, batch.prompt_BxS[0] == seg], words.tokenise(clip.caption))
+        assert set(batch.patches.pos_BxNx3[0, at, 0]) == set(clip.time_T[::4])
+        offset += grid.size
+    assert offset == fill(batch)["patches"]
+
+
+# The order
+
+
+def test_each_epoch_has_every_clip_once_and_a_resumed_run_too(open_loader):
+    """Over four epochs; the state goes through JSON in the middle of a row of batches that are made ahead."""
+    made, seen = plan(Numbered(101)), []
+    loader = open_loader(made, (0, 1))
+    for step in range(60):
+        seen += uids(next(loader))
+        if step in (7, 30):
+            state = json.loads(json.dumps(loader.get_state()))
+            loader = open_loader(made, (0, 1))
+            loader.set_state(state)
+    assert len(seen) == len(set(seen)) > 4.5 * 101
+    for epoch in range(4):
+        assert {uid % 101 for uid in seen if uid // 101 == epoch} == set(range(101))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    order = plan(Numbered(101)).order
+    first, second = [order[i] for i in range(101)], [order[i] for i in range(101, 202)]
+    other = plan(Numbered(101), seed=1).order
+    assert sorted(first) == sorted(second) == list(range(101))
+    third = [other[i] for i in range(101)]
+    orders = [first, second, third, sorted(first)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_restored_state_gives_the_same_batches_bit_for_bit(workers, open_loader):
+    config = small_config(shards=2, rows=4, workers=workers)
+    loader = open_loader(config, words.tokenise, CODEC)
+    draw(loader, 3)
+    state = json.dumps(loader.get_state())
+    ahead = draw(loader, 4)
+    again = open_loader(config, words.tokenise, CODEC)
+    again.set_state(json.loads(state))
+    assert_same(draw(again, 4), ahead)
+    loader.set_state(json.loads(state))  # and in the same loader, its threads running
+    assert_same(draw(loader, 2), ahead[:2])
+    assert len(state) < 4000
+
+
+def test_processes_split_the_rows_and_change_nothing(open_loader):
+    config = small_config(shards=4, rows=8)
+    whole = open_loader(config, words.tokenise, CODEC)
+    parts = [open_loader(config, words.tokenise, CODEC, process_index=i, process_count=2) for i in range(2)]
+    for _ in range(3):
+        assert_same(next(whole), jax.tree.map(lambda *x: np.concatenate(x), *[next(part) for part in parts]))
+    # The states of two processes are the state of one, and of four.
+    state = {v: s for part in parts for v, s in part.get_state().items()}
+    assert state == whole.get_state()
+    quarters = [open_loader(config, words.tokenise, CODEC, process_index=i, process_count=4) for i in range(4)]
+    for quarter in quarters:
+        quarter.set_state(state)
+    assert_same(next(whole), jax.tree.map(lambda *x: np.concatenate(x), *[next(quarter) for quarter in quarters]))
+
+
+def test_validation_is_held_out_and_the_same_for_all_seeds(open_loader):
+    config = small_config(shards=2, rows=2)
+    train = draw(open_loader(config, words.tokenise, CODEC), 3)
+    validation = draw(open_loader(config, words.tokenise, CODEC, split="validation"), 3)
+    config.seed = 7
+    assert_same(draw(open_loader(config, words.tokenise, CODEC, split="validation"), 3), validation)
+    other = draw(open_loader(config, words.tokenise, CODEC), 3)
+    seen = [{uid for batch in batches for uid in uids(batch)} for batches in (train, validation, other)]
+    assert not seen[0] & seen[1] and not seen[2] & seen[1] and not seen[0] & seen[2]
+
+
+def test_files_are_held_out_where_there_are_enough():
+    train, validation = (split_indices(Numbered(200), split) for split in ("train", "validation"))
+    assert sorted([*train, *validation]) == list(range(200)) and len(validation) == 10
+    assert split_indices(Numbered(30), "train") == split_indices(Numbered(30), "validation") == range(30)
+
+
+# Clips that do not fit or cannot be read
+
+
+def test_clips_that_cannot_be_read_are_left_out_and_counted(open_loader):
+    broken = tuple(range(0, 101, 5))
+    made, sound = plan(Numbered(101, broken)), plan(Numbered(101))
+    loader, whole = open_loader(made, (0, 1)), open_loader(sound, (0, 1))
+    for _ in range(12):
+        left, all_of_them = uids(next(loader)), uids(next(whole))
+        assert left == [uid for uid in all_of_them if uid % 101 not in broken]
+    assert whole.skipped == 0
+    shards = loader.get_state()
+    taken = [
+        made.order[2 * p + v]
+        for v in range(2)
+        for p in set(range(shards[str(v)]["place"])) - {*shards[str(v)]["waiting"]}
+    ]
+    assert loader.skipped == sum(index in broken for index in taken) > 0
+
+
+def test_a_folder_of_nothing_but_broken_clips_stops_the_run(open_loader):
+    loader = open_loader(plan(Numbered(30, tuple(range(30)))), (0, 1))
+    with pytest.raises(ValueError, match="no clip of 20 rows could be read"):
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(longest=3), r"clip \d+ \(.*\) fits no row: \d+ patches, and a row takes at most 3\."),
+        (dict(limits=(2, 128, 64)), r"clip \d+ \(.*\) fits no row: \d+ patches, and a row takes at most 2\."),
+        (dict(limits=(256, 128, 2)), r"fits no row: [34] groups, and a row takes at most 2\. Raise data\.groups"),
+        (dict(patch=(1, 16, 8)), r"fits no row: height=\d+ is no multiple of a patch's 16 pixels\. Nearest: \d+"),
+        (dict(patch=(2, 8, 8)), r"fits no row: its [13] latent frames are no multiple of a patch's 2"),
+    ],
+)
+def test_a_clip_that_fits_no_row_is_refused_before_the_first_batch(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(plan(Numbered(50), **changes), (0, 1))
+
+
+def test_captions_longer_than_a_row_are_cut_with_a_warning(open_loader, caplog):
+    loader = open_loader(plan(Numbered(50), limits=(256, 6, 64)), (0, 1))
+    batches = draw(loader, 3)
+    assert all(0 < (batch.prompt_BxS > 0).sum(1).max() <= 6 for batch in batches)
+    assert "cut to data.text_length=6: 'word word" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "processes", "message"),
+    [
+        (dict(rows=6, shards=4), 1, "data.rows=6 must be a multiple of data.shards=4. Nearest: 8"),
+        (dict(rows=4, shards=4), 3, "data.shards=4 must be a multiple of the number of processes=3. Nearest: 6"),
+        (dict(rows=4, shards=4, workers=5), 1, "data.workers=5 is more than the 4 shards"),
+        (dict(kind="shape"), 1, "data.kind='shape' is not known. Allowed: 'shapes', 'clips'"),
+    ],
+)
+def test_what_does_not_divide_is_refused(data, processes, message):
+    with pytest.raises(ValueError, match=message):
+        make_loader(small_config(**data), words.tokenise, CODEC, process_count=processes)
+
+
+def test_the_state_of_another_number_of_shards_is_refused(open_loader):
+    state = open_loader(plan(Numbered(50)), (0, 1)).get_state()
+    with pytest.raises(ValueError, match=r"holds shards \['0', '1'\]; this run has data.shards=4"):
+        open_loader(plan(Numbered(50), shards=4), (0, 1)).set_state(state)
+
+
+# Workers
+
+
+def test_workers_yield_the_same_and_never_initialise_a_jax_backend(open_loader, monkeypatch):
+    """With a platform that does not exist, the first touch of a backend in a worker would be an error."""
+    config = small_config(shards=2, rows=2)
+    expected = draw(open_loader(config, words.tokenise, CODEC), 3)
+    monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform")
+    config.data.workers = 2
+    loader = open_loader(config, words.tokenise, CODEC)
+    assert_same(draw(loader, 3), expected)
+    assert set(loader.get_state()) == {"0", "1"}
+
+
+def tokenise_on_a_device(caption):
+    return np.asarray(jax.numpy.ones((1, 4), int))
+
+
+def test_a_worker_that_touches_jax_would_be_noticed(open_loader, monkeypatch):
+    """The test above means something only if this fails."""
+    monkeypatch.setenv("JAX_PLATFORMS", "no_such_platform")
+    loader = open_loader(small_config(shards=1, rows=1, workers=1), tokenise_on_a_device, CODEC)
+    with pytest.raises(RuntimeError, match="no_such_platform"):
+        next(loader)
+
+
+# A folder of real clips
+
+
+def open_clips(root):
+    return ClipsSource(root, max_tokens=128, min_side=16, max_side=64, fps=(8.0, 12.0), max_frames=13)
+
+
+@pytest.fixture(scope="module")
+def few_clips(shared, tmp_path_factory):
+    """The small files among the shared clips, which are soon scanned."""
+    root = tmp_path_factory.mktemp("clips")
+    lines = (shared / "clips" / "manifest.jsonl").read_text().splitlines()
+    small = [line for line in lines if json.loads(line)["bytes"] < 60_000]
+    (root / "manifest.jsonl").write_text("\n".join(small))
+    for line in small:
+        file = json.loads(line)["file"]
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).symlink_to(shared / "clips" / file)
+    return open_clips(str(root))
+
+
+def test_real_clips_load_and_resume(few_clips, open_loader):
+    made = plan(few_clips)
+    loader = open_loader(made, (0, 1))
+    next(loader)
+    state, ahead = json.loads(json.dumps(loader.get_state())), next(loader)
+    again = open_loader(made, (0, 1))
+    again.set_state(state)
+    assert_same(next(again), ahead)
+    assert fill(ahead)["patch_fill"] > 0.9
+
+
+def test_a_small_folder_shows_validation_other_windows(few_clips):
+    config = base.get_config()
+    config.data.update(dict(kind="clips", root=os.path.dirname(few_clips.media[0][0].path).rsplit("/", 1)[0]))
+    train, validation = (make_source(config, split) for split in ("train", "validation"))
+    layouts = [[source.layout(i, 0) for i in range(len(source))] for source in (train, validation)]
+    assert not {clip.uid for clip in layouts[0]} & {clip.uid for clip in layouts[1]}
+    windows = [[(clip.start_s, clip.frames, clip.height) for clip in found if clip.frames > 1] for found in layouts]
+    assert windows[0] and not set(windows[0]) & set(windows[1])
+    with pytest.raises(ValueError, match="split='val' is not known"):
+        make_source(config, "val")
+
+
+def test_rows_of_some_real_clips_are_full(few_clips):
+    patches, text, _ = planned_fill(plan(few_clips, limits=(1024, 768, 64), waiting=64), 40)
+    assert patches >= 0.98 and text > 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text_length", "patches", "text"), [(512, 0.98, 0.8), (384, 0.88, 0.99)])
+def test_rows_of_all_real_clips_are_full(text_length, patches, text, shared):
+    """1,024 patches of them come with about 430 text tokens: in rows of 512 tokens patches are scarce, else text is."""
+    made = plan(open_clips(str(shared / "clips")), limits=(1024, text_length, 64), waiting=64)
+    assert (planned_fill(made, 1000)[:2] >= (patches, text)).all()
