@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.root = ""  # clips: the folder
     data.rows = 4  # rows in a global batch, B
     data.length = 1024  # patches per row, N
-    data.text_length = 384  # text tokens per row, S
+    data.text_length = 256  # text tokens per row, S
     data.groups = 64  # groups per row, G
     data.group_by = "frame"  # what shares a level: 'frame' or 'clip'
     data.shards = 4  # virtual shards; divides rows, and processes divide it
@@ -63,7 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.pos_scale = (4.0, 0.125, 0.125)  # indices per second, per codec pixel, per codec pixel
     model.pos_offset = (0.0, -0.5, -0.5)  # added to the indices (t, y, x)
     model.dtype = "float32"  # of the computation; parameters are float32
-    model.remat = "none"  # 'none', 'dots' or 'full': what the backward pass computes again
+    model.remat = "dots"  # 'none', 'dots' or 'full': what the backward pass computes again
     model.unroll = 1  # layers unrolled in the scan over layers
 
     config.flow = flow = ml_collections.ConfigDict()

@@ -96,17 +96,47 @@ def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = N
     return jnp.swapaxes(o.reshape(B, H, N, K), 1, 2), jnp.swapaxes(lse.reshape(B, H, N), 1, 2)
 
 
+@jax.custom_vjp
 def _softmax_attend(q, k, v, mask):
-    """q_...xNxK, k and v_...xMxK, mask_...xNxM -> o_...xNxK, lse_...xN."""
-    logits = jnp.einsum("...nk,...mk->...nm", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask, logits, -jnp.inf)
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    """q_...xNxK, k and v_...xMxK, mask_...xNxM -> o_...xNxK, lse_...xN, float32.
+
+    The backward pass computes the weights again from lse (Dao et al. 2022, alg. 4), so that no N x M array is kept.
+    """
+    logits = _logits(q, k, mask)
+    top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
     total = weights.sum(-1, keepdims=True)
     some = total > 0
-    weights = (weights / jnp.where(some, total, 1)).astype(v.dtype)
-    o = jnp.einsum("...nm,...mk->...nk", weights, v)
+    o = jnp.einsum("...nm,...mk->...nk", weights.astype(v.dtype), v) / jnp.where(some, total, 1).astype(v.dtype)
     return o, jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top, -jnp.inf)[..., 0]
+
+
+def _logits(q, k, mask):
+    scaled = q * q.shape[-1] ** -0.5
+    logits = jnp.einsum("...nk,...mk->...nm", scaled, k, preferred_element_type=jnp.float32)
+    return jnp.where(mask, logits, -jnp.inf)
+
+
+def _attend_forward(q, k, v, mask):
+    o, lse = _softmax_attend(q, k, v, mask)
+    return (o, lse), (q, k, v, mask, o, lse)
+
+
+def _attend_backward(saved, gradients):
+    q, k, v, mask, o, lse = saved
+    do, dlse = gradients
+    weights = jnp.exp(_logits(q, k, mask) - jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
+    dv = jnp.einsum("...nm,...nk->...mk", weights.astype(do.dtype), do)
+    dweights = jnp.einsum("...nk,...mk->...nm", do, v, preferred_element_type=jnp.float32)
+    inner = (do * o).astype(jnp.float32).sum(-1) - dlse
+    dlogits = (weights * (dweights - inner[..., None])).astype(q.dtype)
+    scale = q.shape[-1] ** -0.5
+    dq = jnp.einsum("...nm,...mk->...nk", dlogits, k) * scale
+    dk = jnp.einsum("...nm,...nk->...mk", dlogits, q) * scale
+    return dq, dk, dv, None
+
+
+_softmax_attend.defvjp(_attend_forward, _attend_backward)
 
 
 @jax.custom_vjp

@@ -24,7 +24,9 @@ from dit_video.sampling import sample as solve
 from dit_video.sharding import batch_sharding
 from dit_video.tasks import Layout, Request, animate, text_to_video
 from dit_video.text import make_text
-from dit_video.weights.native import load_weights
+from dit_video.weights.native import load_weights, save_weights
+
+__all__ = ["Trained", "load", "sample", "save_weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +49,13 @@ def load(path) -> Trained:
         params, config, step = load_weights(path)
         return Trained(params, ml_collections.ConfigDict(config), step, str(path))
     for directory in (path / "checkpoints", path):
-        if directory.exists() and (directory / checkpoint.SUMS).exists() or Checked(directory):
+        if (directory / checkpoint.SUMS).exists() or _holds_checkpoints(directory):
             restored = checkpoint.load(directory, "ema")
             return Trained(restored.state, ml_collections.ConfigDict(restored.config), restored.step, str(path))
     raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file of weights.")
 
 
-def Checked(directory) -> bool:
-    """Whether a directory holds complete checkpoints."""
+def _holds_checkpoints(directory) -> bool:
     return directory.exists() and any((p / checkpoint.SUMS).exists() for p in directory.iterdir() if p.name.isdigit())
 
 
