@@ -30,8 +30,9 @@ def get_config() -> ml_collections.ConfigDict:
     data.min_side = 16  # clips: pixels of the shorter side, where the aspect ratio lets it
 
     config.codec = codec = ml_collections.ConfigDict()
-    codec.kind = "pixels"  # lossless rearrangement
+    codec.kind = "pixels"  # 'pixels', a lossless rearrangement, or 'latents', given as they are
     codec.stride = (4, 1, 1)  # video frames, pixels per latent (t, y, x)
+    codec.channels = 0  # latents: their channels
 
     config.text = text = ml_collections.ConfigDict()
     text.kind = "words"  # 'words' trained bytes of words, 'labels' class numbers, 'embeddings' precomputed
@@ -50,12 +51,13 @@ def get_config() -> ml_collections.ConfigDict:
     model.mlp_width = 1024  # F
     model.out_channels = 0  # of the output, per latent; 0 = the codec's. DiT has twice as many (sigma), left unused
     model.predict = "x"  # what the network gives: 'x', 'v' or 'e'
-    model.s_min = 0.05  # least divisor of an output of x (level) or of e (1 - level)
+    model.s_min = 0.1  # least divisor of an output of x (level) or of e (1 - level)
     model.modulation = "shared"  # 'shared' or 'block'
     model.position = "rope"  # 'rope' or 'table'
     model.qk_norm = "head"  # 'none', 'head' or 'width'
     model.text = "cross"  # 'none', 'pooled' or 'cross'
     model.text_norm = True  # LayerNorm with affine before cross-attention
+    model.text_pool = False  # the mean of the prompt's tokens modulates the blocks too
     model.image_width = 0  # width of an image encoder's tokens; 0 = no second cross-attention
     model.level_scale = 1000.0  # what a level of 1 is to its embedding
     model.level_direction = "noise"  # 'noise': level 1 is noise; 'data': the embedding sees 1 - level

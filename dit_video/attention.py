@@ -6,6 +6,7 @@ A tag says who may see whom: tag = (segment_BxN, block_BxN). A key is seen iff i
 (padding), and, in causal use, q_block - window < k_block <= q_block. Bidirectional: block 0 for all.
 """
 
+import functools
 import math
 
 import jax
@@ -74,35 +75,48 @@ def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = N
     lse_BxNxH, float32, by which parts can be merged. A query that sees no key gives 0 and -inf.
     """
     B, N, H, K = q_BxNxHxK.shape
-    block = 64
+    M, block = k_BxMxHxK.shape[1], 64
     reach = None if span is None else -(-(span - 1) // block)
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q_BxNxHxK, k_BxMxHxK, v_BxMxHxK))  # BxHxNxK, once for all products
+    q_tag, k_tag = ([jnp.broadcast_to(t, (B, n))[:, None] for t in tag] for tag, n in ((q_tag, N), (k_tag, M)))
+
+    def blocks(a, size):  # axis 2, of N, in blocks: C x size
+        return a.reshape(*a.shape[:2], N // size, size, *a.shape[3:])
+
     if span is None or N % block or (2 * reach + 1) * block >= N:
-        o_BxHxNxK, lse_BxHxN = _softmax_attend(q, k, v, sees(q_tag, k_tag, window)[:, None])
-        return jnp.swapaxes(o_BxHxNxK, 1, 2), jnp.swapaxes(lse_BxHxN, 1, 2)
+        size = _query_block(N, B * H * M)
+        if size == N:
+            o, lse = _softmax_attend(q, k, v, q_tag, k_tag, window)
+        else:  # one block of queries after the other, so that no N x M array is ever whole
+            some = lambda part: _softmax_attend(part[0], k, v, part[1:], k_tag, window)
+            o, lse = jax.lax.map(some, tuple(jnp.moveaxis(blocks(a, size), 2, 0) for a in (q, *q_tag)))
+            o, lse = jnp.moveaxis(o, 0, 2), jnp.moveaxis(lse, 0, 2)
+    else:
 
-    def blocks(a, axis):  # the axis of N in blocks: C x block
-        return a.reshape(*a.shape[:axis], N // block, block, *a.shape[axis + 1 :])
+        def around(a):  # each block with the `reach` blocks on either side of it: C x (2 * reach + 1) * block
+            padded = jnp.pad(blocks(a, block), [(0, 0), (0, 0), (reach, reach)] + [(0, 0)] * (a.ndim - 2))
+            return jnp.concatenate([padded[:, :, i : i + N // block] for i in range(2 * reach + 1)], axis=3)
 
-    def around(a, axis):  # each block with the `reach` blocks on either side of it: C x (2 * reach + 1) * block
-        ends = [(0, 0)] * (a.ndim + 1)
-        ends[axis] = (reach, reach)
-        padded = jnp.pad(blocks(a, axis), ends)
-        near = [jax.lax.slice_in_dim(padded, i, i + N // block, axis=axis) for i in range(2 * reach + 1)]
-        return jnp.concatenate(near, axis=axis + 1)
-
-    mask = sees([blocks(t, 1) for t in q_tag], [around(t, 1) for t in k_tag], window)[:, None]
-    o, lse = _softmax_attend(blocks(q, 2), around(k, 2), around(v, 2), mask)
+        q_tag, k_tag = [blocks(t, block) for t in q_tag], [around(t) for t in k_tag]
+        o, lse = _softmax_attend(blocks(q, block), around(k), around(v), q_tag, k_tag, window)
     return jnp.swapaxes(o.reshape(B, H, N, K), 1, 2), jnp.swapaxes(lse.reshape(B, H, N), 1, 2)
 
 
-@jax.custom_vjp
-def _softmax_attend(q, k, v, mask):
-    """q_...xNxK, k and v_...xMxK, mask_...xNxM -> o_...xNxK, lse_...xN, float32.
+def _query_block(N: int, pairs_per_query: int, most: int = 2**27) -> int:
+    """The largest share of N, halved as long as it divides, whose logits are at most `most`."""
+    size = N
+    while size * pairs_per_query > most and size % 2 == 0:
+        size //= 2
+    return size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _softmax_attend(q, k, v, q_tag, k_tag, window):
+    """q_...xNxK, k and v_...xMxK, tags_...xN and _...xM -> o_...xNxK, lse_...xN, float32.
 
     The backward pass computes the weights again from lse (Dao et al. 2022, alg. 4), so that no N x M array is kept.
     """
-    logits = _logits(q, k, mask)
+    logits = _logits(q, k, q_tag, k_tag, window)
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
     total = weights.sum(-1, keepdims=True)
@@ -111,21 +125,21 @@ def _softmax_attend(q, k, v, mask):
     return o, jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top, -jnp.inf)[..., 0]
 
 
-def _logits(q, k, mask):
+def _logits(q, k, q_tag, k_tag, window):
     scaled = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("...nk,...mk->...nm", scaled, k, preferred_element_type=jnp.float32)
-    return jnp.where(mask, logits, -jnp.inf)
+    return jnp.where(sees(q_tag, k_tag, window), logits, -jnp.inf)
 
 
-def _attend_forward(q, k, v, mask):
-    o, lse = _softmax_attend(q, k, v, mask)
-    return (o, lse), (q, k, v, mask, o, lse)
+def _attend_forward(q, k, v, q_tag, k_tag, window):
+    o, lse = _softmax_attend(q, k, v, q_tag, k_tag, window)
+    return (o, lse), (q, k, v, q_tag, k_tag, o, lse)
 
 
-def _attend_backward(saved, gradients):
-    q, k, v, mask, o, lse = saved
+def _attend_backward(window, saved, gradients):
+    q, k, v, q_tag, k_tag, o, lse = saved
     do, dlse = gradients
-    weights = jnp.exp(_logits(q, k, mask) - jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
+    weights = jnp.exp(_logits(q, k, q_tag, k_tag, window) - jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
     dv = jnp.einsum("...nm,...nk->...mk", weights.astype(do.dtype), do)
     dweights = jnp.einsum("...nk,...mk->...nm", do, v, preferred_element_type=jnp.float32)
     inner = (do * o).astype(jnp.float32).sum(-1) - dlse
@@ -133,7 +147,7 @@ def _attend_backward(saved, gradients):
     scale = q.shape[-1] ** -0.5
     dq = jnp.einsum("...nm,...mk->...nk", dlogits, k) * scale
     dk = jnp.einsum("...nm,...nk->...mk", dlogits, q) * scale
-    return dq, dk, dv, None
+    return dq, dk, dv, None, None
 
 
 _softmax_attend.defvjp(_attend_forward, _attend_backward)

@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_video.attention import spread
 from dit_video.patches import Patches
@@ -42,6 +43,8 @@ def sample_level(key, shape, distribution: str, mean: float, deviation: float):
     if distribution == "logit_normal":
         return jax.nn.sigmoid(mean + deviation * jax.random.normal(key, shape))
     u = jax.random.uniform(key, shape)
+    if distribution == "mode" and not -1 <= deviation <= 2 / (np.pi - 2):
+        raise ValueError(f"flow.deviation={deviation} takes 'mode' out of [0, 1]. Choose from -1 to 1.75.")
     if distribution == "uniform":
         return u
     if distribution == "mode":

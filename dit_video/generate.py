@@ -59,13 +59,14 @@ def _holds_checkpoints(directory) -> bool:
     return directory.exists() and any((p / checkpoint.SUMS).exists() for p in directory.iterdir() if p.name.isdigit())
 
 
-def sample(requests: Sequence[Request], trained: Trained, mesh=None, **settings) -> list[np.ndarray]:
+def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[np.ndarray]:
     """The requests' videos, each uint8 TxYxXx3, sampled packed in shared batches.
 
-    settings: any key of config.sample (steps, solver, shift, guidance, interval) and `row`, the patches of a row,
+    trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance, interval) and `row`, the patches of a row,
     in place of the config's. A request gives the same sample alone or packed with others, up to float rounding.
     Raises ValueError for a request that cannot be laid out, before anything is compiled.
     """
+    trained = trained if isinstance(trained, Trained) else load(trained)
     config = trained.config
     unknown = set(settings) - {*config.sample, "row"}
     if unknown:
@@ -74,13 +75,16 @@ def sample(requests: Sequence[Request], trained: Trained, mesh=None, **settings)
     codec, text = make_codec(config.codec), make_text(config.text)
     layout = Layout(codec, tuple(config.model.patch), text.tokenise, config.data.group_by)
     level_K = uniform_levels(how.steps, how.shift)
+    if not requests:
+        return []
     tasks = [(animate if r.image_YxXx3 is not None else text_to_video)(r, layout, level_K) for r in requests]
 
     largest = max(task.grid.size for task in tasks)
     length = _round_up(max(largest, min(settings.get("row", config.data.length), sum(t.grid.size for t in tasks))), 64)
     rows = _rows(tasks, length)
-    devices = mesh.size if mesh is not None else 1
-    rows += [[]] * (-len(rows) % devices)
+    # Batches of one size, so that all of them are one program.
+    at_once = _round_up(min(len(rows), config.data.rows), mesh.size if mesh is not None else 1)
+    rows += [[]] * (-len(rows) % at_once)
     packed = [[tasks[i].piece for i in row] for row in rows]
     groups = _round_up(max(sum(p.size[2] for p in row) for row in packed), 8)
     tokens = _round_up(max(sum(p.size[1] for p in row) for row in packed), 64)
@@ -97,17 +101,16 @@ def sample(requests: Sequence[Request], trained: Trained, mesh=None, **settings)
             grids[i] = dataclasses.replace(tasks[i].grid, row=b, offset=places[b][seg - 1][1])
 
     run = _sampler(config.to_json(), how.solver, tuple(how.interval), bool((scale_BxG != 1).any()), largest)
-    arguments = (trained.params, batch, level_KxBxG, scale_BxG)
-    if mesh is not None:
-        put = lambda a, axis: jax.device_put(a, batch_sharding(mesh, axis))
-        arguments = (
-            jax.device_put(trained.params, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
-            jax.tree.map(lambda a: put(a, 0), batch),
-            put(level_KxBxG, 1),
-            put(scale_BxG, 0),
-        )
-    x_BxNxP = np.asarray(jax.device_get(run(*arguments)))
-    return [to_uint8(codec.decode(latents)) for latents in unpack(x_BxNxP, [grids[i] for i in range(len(requests))])]
+    put = lambda a, axis=0: a if mesh is None else jax.device_put(a, batch_sharding(mesh, axis))
+    everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(trained.params, everywhere)
+    done = []
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
+        some = jax.tree.map(lambda a: put(a[part]), batch)
+        done.append(np.asarray(run(params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]))))
+    latents = unpack(np.concatenate(done), [grids[i] for i in range(len(requests))])
+    return [to_uint8(codec.decode(latents_TxYxXxC)) for latents_TxYxXxC in latents]
 
 
 def _rows(tasks, length: int) -> list[list[int]]:

@@ -23,7 +23,8 @@ class DiT(nn.Module):
     position: 'rope' (t, y, x) or 'table' (sin-cos over y and x, added once).
     qk_norm: 'none', 'head' (RMS over a head), 'width' (RMS over all heads jointly).
     text: 'none', 'pooled' (mean of the prompt's tokens, of width D, added to the level's embedding), 'cross'
-        (cross-attention by prompt; text_norm: LayerNorm with affine before it).
+        (cross-attention by prompt; text_norm: LayerNorm with affine before it; text_pool: the mean of the prompt's
+        tokens, projected, is added to the level's embedding too).
     image: a second cross-attention with its own k, v and norm, outputs added (Wan's image to video).
     level_scale, level_direction: the embedding's input is scale * s for 'noise' (s = 1 is noise), scale * (1 - s)
         for 'data'.
@@ -44,6 +45,7 @@ class DiT(nn.Module):
     text: str = "cross"
     text_width: int = 0
     text_norm: bool = True
+    text_pool: bool = False
     image_width: int = 0
     level_scale: float = 1.0
     level_direction: str = "noise"
@@ -82,6 +84,10 @@ class DiT(nn.Module):
         c_BxGxD = _dense(self, "level_out", D, D, normal=0.02)(nn.silu(c_BxGxD))
         if self.text == "pooled":
             c_BxGxD = c_BxGxD + pool(text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
+
+        if self.text_pool:
+            pooled_BxGxE = pool(cond.text_BxSxE.astype(dtype), cond.prompt_BxS, patches.seg_BxG)
+            c_BxGxD = c_BxGxD + _dense(self, "text_pool", self.text_width, D)(pooled_BxGxE)
 
         context = {"tags": self._tags(patches), "rope": rope, "group_BxN": patches.group_BxN}
         context["prompt_tag"] = (patches.prompt_BxN, jnp.zeros_like(patches.prompt_BxN))
@@ -305,7 +311,7 @@ def make_model(config, channels: int, span: int | None = None, window: int | Non
         window=window,
         **{
             key: m[key]
-            for key in "width depth heads mlp_width modulation position qk_norm text text_norm image_width "
+            for key in "width depth heads mlp_width modulation position qk_norm text text_norm text_pool image_width "
             "level_scale level_direction remat unroll".split()
         },
     )

@@ -7,6 +7,7 @@ Everything here but `Patches` itself is numpy: the loader packs without touching
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -163,15 +164,12 @@ def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, group
     groups: 'frame' gives each latent frame of patches a level of its own, 'clip' one level to all.
     """
     x_nxP, grid = patchify(latents_TxYxXxC, patch)
-    T, Y, X = grid.shape
-    t, y, x = np.meshgrid(np.arange(T), np.arange(Y), np.arange(X), indexing="ij")
-    side_y, side_x = patch[1] * stride_yx[0], patch[2] * stride_yx[1]
-    seconds = np.asarray(time_T, np.float32)[patch[0] - 1 :: patch[0]]
-    pos = np.stack([seconds[t], (y + 0.5) * side_y, (x + 0.5) * side_x], -1).astype(np.float32)
-    frame_n = t.reshape(-1).astype(np.int32)
+    frame_n, pos_nx3 = _places(grid.shape, (patch[1] * stride_yx[0], patch[2] * stride_yx[1]))
+    pos_nx3 = pos_nx3.copy()
+    pos_nx3[:, 0] = np.asarray(time_T, np.float32)[patch[0] - 1 :: patch[0]][frame_n]
     piece = Piece(
         x_nxP=x_nxP,
-        pos_nx3=pos.reshape(-1, 3),
+        pos_nx3=pos_nx3,
         frame_n=frame_n,
         group_n=frame_n if groups == "frame" else np.zeros_like(frame_n),
         uid_n=name(clip, np.arange(grid.size)),
@@ -179,6 +177,15 @@ def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, group
         ids_sxK=ids_sxK,
     )
     return piece, grid
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(shape: tuple[int, int, int], side_yx: tuple[int, int]):
+    """frame_n and pos_nx3, its times still 0, of a grid of patches of side_yx codec pixels; shared, so read-only."""
+    t, y, x = np.indices(shape, np.int32).reshape(3, -1)
+    pos_nx3 = np.stack([0 * t, (y + 0.5) * side_yx[0], (x + 0.5) * side_yx[1]], -1).astype(np.float32)
+    t.flags.writeable = pos_nx3.flags.writeable = False
+    return t, pos_nx3
 
 
 def choose(sizes: Sequence[tuple[int, ...]], limits: tuple[int, ...], final: float = 0.3) -> list[int]:

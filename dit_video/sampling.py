@@ -21,6 +21,8 @@ from dit_video.patches import Patches
 
 def uniform_levels(steps: int, shift: float = 1.0, start: float = 1.0) -> np.ndarray:
     """level_K from `start` down to 0 in equal steps, shifted towards noise by `shift` (Esser et al. 2024, eq. 23)."""
+    if steps < 1 or not shift > 0:
+        raise ValueError(f"steps={steps} and shift={shift}: give at least 1 step and a shift above 0.")
     return shift_level(np.linspace(start, 0, steps + 1), shift).astype(np.float32)
 
 

@@ -53,9 +53,10 @@ def check_request(request: Request, layout: Layout) -> None:
     """Raises ValueError for what cannot be laid out, naming the value and the nearest legal one."""
     st, sy, sx = layout.codec.stride
     check_frames(request.frames, st)
-    latents = 1 + (request.frames - 1) // st
-    if latents % layout.patch[0]:
-        raise ValueError(f"frames={request.frames} give {latents} latent frames; patches take {layout.patch[0]} each.")
+    latents, pt = 1 + (request.frames - 1) // st, layout.patch[0]
+    if latents % pt:
+        nearest = " or ".join(str(1 + (n * pt - 1) * st) for n in (latents // pt, latents // pt + 1) if n)
+        raise ValueError(f"frames={request.frames} cannot be cut into patches of {pt} latents. Nearest: {nearest}.")
     for side, length, step in (
         ("height", request.height, sy * layout.patch[1]),
         ("width", request.width, sx * layout.patch[2]),
@@ -67,6 +68,8 @@ def check_request(request: Request, layout: Layout) -> None:
     if not (np.isfinite(request.fps) and request.fps > 0):
         raise ValueError(f"fps={request.fps} is not a frame rate. Give frames per second above 0.")
     image = request.image_YxXx3
+    if image is not None and (image.dtype != np.uint8 or image.shape[2:] != (3,)):
+        raise ValueError(f"the image is {image.dtype} {image.shape}; give uint8, height x width x 3 (RGB).")
     if image is not None and image.shape[:2] != (request.height, request.width):
         raise ValueError(
             f"the image is {image.shape[1]}x{image.shape[0]} and the clip {request.width}x{request.height} "
@@ -84,8 +87,11 @@ def text_to_video(request: Request, layout: Layout, level_K: np.ndarray) -> Task
 def animate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """The first frame is the request's image, at level 0 throughout; the rest comes from noise."""
     check_request(request, layout)
-    if layout.group_by != "frame":
-        raise ValueError("animating needs levels per frame: data.group_by='frame'.")
+    if layout.group_by != "frame" or layout.patch[0] != 1:
+        raise ValueError(
+            "animating needs a level for each latent frame: data.group_by='frame' and model.patch=(1, y, x); "
+            f"they are {layout.group_by!r} and {layout.patch}."
+        )
     piece, grid = _noise(request, layout)
     latents_1xYxXxC = layout.codec.encode(to_float(request.image_YxXx3[None]))
     known, _ = lay_out(latents_1xYxXxC, [0.0], layout.patch, layout.codec.stride[1:], piece.ids_sxK, request.seed)

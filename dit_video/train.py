@@ -13,19 +13,35 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's checkpoints, metrics and gallery go; may be remote.")
 
 
+def parse(argv):
+    """absl's parser, but an unknown key, or a config that cannot be read, is one line instead of a traceback."""
+    try:
+        left = app.parse_flags_with_usage(argv)
+        CONFIG.value.name  # a file that is not there is an error only once the config is used
+    except (AttributeError, KeyError, OSError) as error:
+        while isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = " ".join(str(error.args[0]).split())
+        sys.exit(text if isinstance(error, OSError) else f"the config has no such key: {text}")
+    if len(left) > 1:
+        sys.exit(f"{left[1]!r} is no flag: flags begin with --, as in --config.steps=100.")
+    return left
+
+
 def main(_):
     from dit_video import launch, trainer
+    from dit_video.checkpoint import CheckpointError
 
     launch.prepare()
     try:
         trainer.train(CONFIG.value, WORKDIR.value)
-    except (ValueError, FloatingPointError, FileNotFoundError) as error:
+    except (ValueError, FloatingPointError, FileNotFoundError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
 def run():
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

@@ -297,7 +297,7 @@ def train(config, workdir) -> State:
         evaluate = jax.jit(run.evaluate)
         logging.info("compiled the step in %.1f s", time.monotonic() - began)
         compilations = _count_compilations()
-        peak = _matmul_peak(run.model.dtype)
+        peak = matmul_peak(run.model.dtype)
 
         stop = _StopRequests()
         meter = Meter(config, run.model, peak, extra.get("meter", []))
@@ -343,23 +343,26 @@ def train(config, workdir) -> State:
                 if saving or evaluating or sampling:
                     read(*late)
                     late = None
-                # A state whose gradient was not finite is never saved: the next good one is.
-                if saving and (not meter.bad_steps or stopping):
-                    save(step, loader_state, wait=stopping)
-                if stopping:
-                    print(f"stopped by a signal: saved at step {step}. The same command goes on from there.")
-                    raise Preempted
+                # What a step leaves comes before its checkpoint: a run that is killed in between makes it again.
                 if evaluating:
                     line = _validate(evaluate, state.ema, held_out, named_key(key, "validation"))
                     if first:
                         writer.write(step, line)
-                if sampling and first:
-                    _sample_gallery(config, workdir, writer, state, step)
+                if sampling:
+                    ema = _fetch(state.ema)
+                    if first:
+                        _sample_gallery(config, workdir, writer, ema, step)
+                    if first and final:
+                        generate.save_weights(workdir / "weights.safetensors", ema, config, step)
+                # Where gradients are not finite, the checkpoints stay as they are, unless the run ends here.
+                if saving and (not meter.bad_steps or stopping or final):
+                    save(step, loader_state, wait=stopping)
+                if stopping:
+                    print(f"stopped by a signal: saved at step {step}. The same command goes on from there.")
+                    raise Preempted
             checkpoints.wait()
         loader.close()
         if first:
-            ema = jax.device_get(state.ema)
-            generate.save_weights(workdir / "weights.safetensors", ema, config, config.steps)
             print(f"finished: {config.steps} steps. Look at {workdir / 'gallery' / 'index.html'}")
     return state
 
@@ -399,7 +402,7 @@ class Meter:
         # Three times the forward pass; two floating-point operations per multiply-accumulate.
         flops = 6 * self._work["macs"] / (now - self._since)
         line |= {"tokens_per_second": self._work["patches"] / (now - self._since), "model_flops_per_second": flops}
-        line |= {"share_of_matmul_peak": flops / self.peak}
+        line |= {"share_ofmatmul_peak": flops / self.peak}
         self.pending, self._since, self._work = [], now, collections.Counter()
         return line
 
@@ -482,9 +485,18 @@ def parse_prompt(text: str, seed: int = 0) -> Request:
         raise ValueError(f"sample.prompts: {text!r} is not of the form '48x32x9@8: a red circle'.") from error
 
 
-def _sample_gallery(config, workdir, writer, state: State, step: int) -> None:
+def _fetch(tree):
+    """numpy copies of arrays that may lie on several processes' devices; all processes call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _sample_gallery(config, workdir, writer, ema, step: int) -> None:
     requests = gallery_requests(config)
-    trained = generate.Trained(jax.device_get(state.ema), config, step, str(workdir))
+    trained = generate.Trained(ema, config, step, str(workdir))
     how = {k: config.sample[k] for k in ("steps", "solver", "guidance")}
     samples = [
         Sample(video, r.fps, r.prompt, r.seed, how | {"config": config.name, "checkpoint_step": step})
@@ -563,7 +575,7 @@ def _describe(config, workdir, state: State, start: int) -> None:
     )
 
 
-def _matmul_peak(dtype, side: int = 1536) -> float:
+def matmul_peak(dtype, side: int = 1536) -> float:
     """FLOP/s that all devices together reach on square products of `dtype`, measured now."""
     product = jax.jit(lambda a: a @ a)
     a = jnp.ones((side, side), dtype)

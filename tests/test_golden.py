@@ -72,7 +72,7 @@ def dit_golden(load):
     forward = jax.jit(lambda p, c: model.apply({"params": params["dit"]}, p, c))
 
     def run(x_BxCxYxX, t_B, y_B):
-        ids = lambda b: tokenise("" if y_B[b] == config["num_classes"] else str(y_B[b]))
+        ids = lambda b: tokenise("" if y_B[b] == config["num_classes"] else str(y_B[b]), config["num_classes"])
         batch, grids = rows_of(np.moveaxis(x_BxCxYxX, 1, -1)[:, None], ids, [0.0], per_row=2)
         patches = dataclasses.replace(batch.patches, level_BxG=levels(t_B, batch.patches.level_BxG.shape))
         text = LabelEncoder(config["hidden_size"], config["num_classes"]).apply(

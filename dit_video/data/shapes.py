@@ -10,8 +10,10 @@ T frames, Y x X the canvas in pixels, K objects (at most 2), C colours, P pixels
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
+import math
 import re
 import typing
 
@@ -65,7 +67,7 @@ CANVASES = ((32, 32), (48, 32), (32, 48), (40, 40), (64, 32), (32, 64))  # width
 DURATIONS = {5: (8,), 9: (8, 12), 13: (8, 12)}  # frames: frames per second
 SPLITS = ("train", "validation")
 
-_RADIUS = {1: 0.17, 2: 0.14}  # by number of objects, in short sides
+_RADIUS = {1: 0.21, 2: 0.14}  # by number of objects, in short sides
 _AMPLITUDE = {1: 0.20, 2: 0.13}
 _HALF_SQUARE, _TRIANGLE, _CROSS_LENGTH, _CROSS_WIDTH = 0.88, 1.36, 1.12, 0.36  # in radii; areas are nearly equal
 _EXTENT = {  # in radii: up, down, left or right
@@ -117,7 +119,7 @@ class Background:
     tint_rgb: tuple[float, float, float]
     slope: float
     slope_angle: float
-    pattern: str  # "waves", "checks" or "blobs"
+    pattern: str  # "waves" or "weave"
     contrast: float
     frequency: float
     angle: float
@@ -190,24 +192,27 @@ def _draw_background(rng):
     tint_3 = rng.uniform(-1, 1, 3)
     tint_3 -= tint_3.mean()
     return Background(
-        grey=float(rng.uniform(0.35, 0.7)),
+        grey=float(rng.uniform(0.4, 0.7)),
         tint_rgb=tuple((0.05 * tint_3).tolist()),
         slope=float(rng.uniform(0, 0.12)),
         slope_angle=float(rng.uniform(0, 2 * np.pi)),
-        pattern=("waves", "checks", "blobs")[rng.integers(3)],
-        contrast=float(rng.uniform(0.04, 0.1)),
-        frequency=float(rng.uniform(1.5, 3.5)),
+        pattern=("waves", "weave")[rng.integers(2)],
+        contrast=float(rng.uniform(0.03, 0.08)),
+        frequency=float(rng.uniform(0.5, 1.5)),
         angle=float(rng.uniform(0, np.pi)),
         shift_yx=tuple(rng.random(2).tolist()),
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def _room(shape, motion, count, height, width):
     """Where an orbit's centre may lie: (lowest, highest), each (y, x) in pixels, so that the object stays inside."""
     short = min(height, width)
     up, down, side = (_RADIUS[count] * short * e for e in _EXTENT[shape])
     reach_y, reach_x = _AMPLITUDE[count] * short * np.linalg.norm(ORBITS[motion], axis=1)
-    return np.array([(up + reach_y, side + reach_x), (height - down - reach_y, width - side - reach_x)])
+    room = np.array([(up + reach_y, side + reach_x), (height - down - reach_y, width - side - reach_x)])
+    room.flags.writeable = False
+    return room
 
 
 def _gap(labels, centre_RxKx2, phase_RxK):
@@ -215,15 +220,19 @@ def _gap(labels, centre_RxKx2, phase_RxK):
 
     It is that of a square canvas; a longer one moves the two centres apart.
     """
-    path_KxRxtx2 = []
-    for k, label in enumerate(labels):
+    # Paths of one period: their difference is a centre_Rx2 plus an orbit_Rx2x2 times (cos, sin) of the time.
+    centre_Rx2, orbit_Rx2x2 = 0, 0
+    for k, (label, sign) in enumerate(zip(labels, (1, -1), strict=True)):
         low_2, high_2 = _room(label.shape, label.motion, 2, 1, 1)
-        angle_Rxt = phase_RxK[:, k, None] + np.linspace(0, 2 * np.pi, 32, endpoint=False)
-        orbit_Rxtx2 = np.stack([np.cos(angle_Rxt), np.sin(angle_Rxt)], -1) @ np.transpose(ORBITS[label.motion])
-        centre_Rx1x2 = (low_2 + centre_RxKx2[:, k] * (high_2 - low_2))[:, None]
-        path_KxRxtx2.append(centre_Rx1x2 + _AMPLITUDE[2] * orbit_Rxtx2)
-    apart_Rxt = np.linalg.norm(path_KxRxtx2[0] - path_KxRxtx2[1], axis=-1)
-    return apart_Rxt.min(1) - _RADIUS[2] * sum(_BOUND[x.shape] for x in labels)
+        centre_Rx2 = centre_Rx2 + sign * (low_2 + centre_RxKx2[:, k] * (high_2 - low_2))
+        cos_R, sin_R = np.cos(phase_RxK[:, k]), np.sin(phase_RxK[:, k])
+        turn_Rx2x2 = np.stack([cos_R, -sin_R, sin_R, cos_R], -1).reshape(-1, 2, 2)
+        orbit_Rx2x2 = orbit_Rx2x2 + sign * _AMPLITUDE[2] * (np.array(ORBITS[label.motion]) @ turn_Rx2x2)
+    apart_Rx2xt = centre_Rx2[..., None] + orbit_Rx2x2 @ _CIRCLE_2xt
+    return np.sqrt(np.square(apart_Rx2xt).sum(1).min(1)) - _RADIUS[2] * sum(_BOUND[x.shape] for x in labels)
+
+
+_CIRCLE_2xt = np.array([f(np.linspace(0, 2 * np.pi, 32, endpoint=False)) for f in (np.cos, np.sin)])
 
 
 # Pixels
@@ -281,33 +290,36 @@ def visibility(scene, time_T, height, width):
 def _paint_background(background, height, width):
     """rgb_YxXx3 in [0, 255], float32."""
     b, short = background, min(height, width)
-    y_Yx1 = (np.arange(height)[:, None] + 0.5 - height / 2) / short
-    x_1xX = (np.arange(width)[None] + 0.5 - width / 2) / short
-    grey_YxX = b.grey + b.slope * (np.sin(b.slope_angle) * y_Yx1 + np.cos(b.slope_angle) * x_1xX)
-    shift_y, shift_x = (2 * np.pi * s for s in b.shift_yx)
-    along_YxX = 2 * np.pi * b.frequency * (np.sin(b.angle) * y_Yx1 + np.cos(b.angle) * x_1xX) + shift_y
-    across_YxX = 2 * np.pi * b.frequency * (np.cos(b.angle) * y_Yx1 - np.sin(b.angle) * x_1xX) + shift_x
-    if b.pattern == "waves":
-        pattern_YxX = np.sin(along_YxX)
-    elif b.pattern == "checks":
-        pattern_YxX = np.tanh(4 * np.sin(along_YxX) * np.sin(across_YxX))
-    else:
-        pattern_YxX = (np.sin(along_YxX) + np.sin(across_YxX) + np.sin(0.6 * along_YxX - 0.8 * across_YxX)) / 2
-    return (255 * (grey_YxX + b.contrast * pattern_YxX)[..., None] + 255 * np.array(b.tint_rgb)).astype(np.float32)
+    y_Yx1 = ((np.arange(height, dtype=np.float32) + 0.5 - height / 2) / short)[:, None]
+    x_1xX = ((np.arange(width, dtype=np.float32) + 0.5 - width / 2) / short)[None]
+    slope_y, slope_x = b.slope * math.sin(b.slope_angle), b.slope * math.cos(b.slope_angle)
+    grey_YxX = slope_y * y_Yx1 + (slope_x * x_1xX + b.grey)
+    shift_y, shift_x = (2 * math.pi * s for s in b.shift_yx)
+    along_y, along_x = (2 * math.pi * b.frequency * f(b.angle) for f in (math.sin, math.cos))
+    along_YxX = along_y * y_Yx1 + (along_x * x_1xX + shift_y)
+    across_YxX = along_x * y_Yx1 + (shift_x - along_y * x_1xX)
+    pattern_YxX = np.sin(along_YxX)
+    if b.pattern == "weave":
+        pattern_YxX = pattern_YxX * np.sin(across_YxX)
+    return 255 * (grey_YxX + b.contrast * pattern_YxX)[..., None] + 255 * np.array(b.tint_rgb, np.float32)
 
 
 def render(scene, time_T, height, width):
     """The scene at any times, in seconds, on any canvas, in pixels: video_TxYxXx3, uint8, anti-aliased."""
     time_T = np.atleast_1d(time_T)
-    video_TxYxXx3 = np.repeat(_paint_background(scene.background, height, width)[None], len(time_T), 0)
-    radius = _RADIUS[len(scene.objects)] * min(height, width)
-    for o, depth_TxYxX in zip(scene.objects, _depths(scene, time_T, height, width), strict=True):
-        inside = np.nonzero(depth_TxYxX > -0.5)
-        cover_P, shade_P = _cover_and_shade(depth_TxYxX[inside], radius)
-        paint_Px3 = shade_P[:, None] * np.array(COLOURS[o.colour], np.float32)
-        under_Px3 = video_TxYxXx3[inside]
-        video_TxYxXx3[inside] = under_Px3 + cover_P[:, None] * (paint_Px3 - under_Px3)
-    return np.clip(np.rint(video_TxYxXx3), 0, 255).astype(np.uint8)
+    to_pixels = lambda painted: np.clip(np.rint(painted), 0, 255).astype(np.uint8)
+    background_YxXx3 = _paint_background(scene.background, height, width)
+    video_TxYxXx3 = np.repeat(to_pixels(background_YxXx3)[None], len(time_T), 0)
+    # Only the pixels that some object touches are painted in each frame.
+    radius, depths = _RADIUS[len(scene.objects)] * min(height, width), _depths(scene, time_T, height, width)
+    touched_P = np.flatnonzero(functools.reduce(np.maximum, depths) > -0.5)
+    painted_Px3 = background_YxXx3.reshape(-1, 3)[touched_P % (height * width)]
+    for o, depth_TxYxX in zip(scene.objects, depths, strict=True):
+        cover_P, shade_P = _cover_and_shade(depth_TxYxX.ravel()[touched_P], radius)
+        object_Px3 = shade_P[:, None] * np.array(COLOURS[o.colour], np.float32)
+        painted_Px3 += cover_P[:, None] * (object_Px3 - painted_Px3)
+    video_TxYxXx3.reshape(-1, 3)[touched_P] = to_pixels(painted_Px3)
+    return video_TxYxXx3
 
 
 # Captions

@@ -8,11 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def tokenise(caption: str) -> np.ndarray:
-    """ids_sx1 of a caption that is a class number, or of an empty one: -1, no class."""
-    if caption and not caption.strip().isdigit():
-        raise ValueError(f"caption {caption!r} is not a class number; text.kind='labels' takes digits or nothing.")
-    return np.array([[int(caption) if caption.strip() else -1]], np.int32)
+def tokenise(caption: str, classes: int) -> np.ndarray:
+    """ids_sx1 of a caption that is a class number, or of an empty one: -1, no class.
+
+    Raises ValueError for what is neither, or not below `classes`.
+    """
+    number = caption.strip()
+    if number and not (number.isdecimal() and int(number) < classes):
+        raise ValueError(f"caption {caption!r} is no class: text.kind='labels' takes 0 to {classes - 1}, or nothing.")
+    return np.array([[int(number) if number else -1]], np.int32)
 
 
 def drop(ids_BxSxK, prompt_BxS, drop_BxS):

@@ -1,0 +1,365 @@
+"""One step does what its formulas say, clip by clip; a bad gradient moves nothing; runs begin from others' weights.
+
+B rows, N patches per row, S text tokens per row, G groups per row, L layers.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import shapes
+from dit_video import generate
+from dit_video.checkpoint import Checkpoints, digest
+from dit_video.codecs import to_float
+from dit_video.data.loader import make_loader, make_source
+from dit_video.flow import draw_levels, named_key
+from dit_video.gallery import write_mp4, write_png
+from dit_video.metrics import read_metrics
+from dit_video.model import block_parameters, make_velocity
+from dit_video.patches import Cond, lay_out, pack
+from dit_video.trainer import MAX_BAD_STEPS, drop_prompts, make_optimizer, make_run, make_schedule, train
+
+# A model that compiles in seconds; other files' tests train it too.
+TINY = {
+    "model.width": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.mlp_width": 64,
+    "model.remat": "none",
+    "text.width": 32,
+    "text.depth": 1,
+    "text.heads": 2,
+    "data.rows": 2,
+    "data.shards": 2,
+    "data.length": 128,
+    "data.groups": 16,
+    "data.text_length": 64,
+    "data.waiting": 8,
+    "eval_batches": 1,
+    "sample_every": 0,
+    "sample.steps": 2,
+    "sample.prompts": ("16x16x1@8: a red circle",),
+}
+
+
+def tiny(overrides=()):
+    config = shapes.get_config()
+    config.update_from_flattened_dict(TINY | dict(overrides))
+    return config
+
+
+def awake(params):
+    """Parameters none of which is 0: a new model's output, and most gradients, are 0."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda p: p + jnp.asarray(0.1 * rng.standard_normal(p.shape), p.dtype), params)
+
+
+def first_batches(run, count):
+    loader = make_loader(run.config, run.text.tokenise, run.codec)
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def first_pieces(run):
+    """The embedded world's first clips as Pieces, small to large."""
+    config, (st, *stride_yx) = run.config, run.codec.stride
+    source = make_source(config)
+    pieces = [
+        lay_out(
+            run.codec.encode(to_float(clip.video_TxYxXx3)),
+            clip.time_T[::st],
+            tuple(config.model.patch),
+            stride_yx,
+            run.text.tokenise(clip.caption),
+            clip.uid,
+            config.data.group_by,
+        )[0]
+        for clip in (source[i] for i in range(24))
+    ]
+    return sorted(pieces, key=lambda piece: piece.size)
+
+
+def packed(config, rows):
+    return pack(rows, config.data.length, config.data.groups, config.data.text_length)
+
+
+def poison(batch, value, where):
+    """The batch with `value` in the first patch of every row where `where`_BxN."""
+    x_BxNxP = batch.patches.x_BxNxP.copy()
+    for b, row in enumerate(where):
+        x_BxNxP[b, np.flatnonzero(row)[0], 0] = value
+    return dataclasses.replace(batch, patches=dataclasses.replace(batch.patches, x_BxNxP=x_BxNxP))
+
+
+def assert_close(tree, wanted, tolerance):
+    """Every leaf is `wanted`'s, up to `tolerance` times the largest value of that leaf."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)]
+    for name, a, b in zip(names, jax.tree.leaves(tree), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-12), err_msg=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    run: object
+    step: object
+    state: object
+    batches: list
+    key: object
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny run on one device: its step compiled, its first state, awake, and its first batches."""
+    run = make_run(tiny({"optimizer.kind": "adamw", "optimizer.warmup": 0, "optimizer.ema": 0.3}))
+    key = jax.random.key(0)
+    state = jax.jit(run.init)(named_key(key, "init"))
+    params = awake(state.params)
+    state = dataclasses.replace(state, params=params, ema=jax.tree.map(lambda p: p + 1, params))
+    return Tiny(run, jax.jit(run.step), state, first_batches(run, 3), key)
+
+
+# The step.
+
+
+def test_a_bad_gradient_moves_the_step_alone(small):
+    """NaN or inf in a real patch: step goes on and is counted; params, EMA and optimizer stay, bit for bit."""
+    state, batch = small.state, small.batches[0]
+    kept = lambda s: digest((s.params, s.ema, s.opt_state))
+    for count, value in enumerate((np.nan, np.inf), start=1):
+        bad = poison(batch, value, batch.patches.seg_BxN != 0)
+        after, metrics = small.step(state, bad, small.key)
+        assert kept(after) == kept(state)
+        assert (int(after.step), int(after.bad_steps), int(after.bad_total)) == (count, count, count)
+        assert not np.isfinite(metrics["gradient_norm"]) and int(metrics["bad_steps"]) == count
+        state = after
+    good, metrics = small.step(state, batch, small.key)
+    assert kept(good) != kept(state)
+    assert (int(good.step), int(good.bad_steps), int(good.bad_total)) == (3, 0, 2)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good))
+
+
+def test_padding_is_never_read(small):
+    """NaN where no clip lies changes nothing, bit for bit."""
+    batch, _ = packed(small.run.config, [[piece] for piece in first_pieces(small.run)[:2]])
+    after, metrics = small.step(small.state, batch, small.key)
+    bad, bad_metrics = small.step(small.state, poison(batch, np.nan, batch.patches.seg_BxN == 0), small.key)
+    assert digest((after, metrics)) == digest((bad, bad_metrics))
+
+
+def test_average_of_the_weights(small):
+    """ema <- d ema + (1 - d) params, with d = min(ema, (1 + step) / (10 + step)) (here 0.1, then 2/11, then 3/12)."""
+    state, wanted = small.state, jax.tree.map(lambda a: np.asarray(a, np.float64), small.state.ema)
+    for batch, decay in zip(small.batches, (1 / 10, 2 / 11, 3 / 12), strict=True):
+        state, _ = small.step(state, batch, small.key)
+        wanted = jax.tree.map(lambda a, p: decay * a + (1 - decay) * np.asarray(p, np.float64), wanted, state.params)
+        assert_close(state.ema, wanted, 1e-6)
+    late = dataclasses.replace(small.state, step=jnp.int32(1000))
+    after, _ = small.step(late, small.batches[0], small.key)
+    wanted = jax.tree.map(lambda a, p: 0.3 * a + 0.7 * p, small.state.ema, after.params)
+    assert_close(after.ema, wanted, 1e-6)
+
+
+def test_noise_differs_from_step_to_step_and_comes_back_with_the_step(small):
+    loss = lambda state: float(small.step(state, small.batches[0], small.key)[1]["loss"])
+    later = dataclasses.replace(small.state, step=jnp.int32(7))
+    assert loss(small.state) == loss(small.state) != loss(later)
+
+
+def test_accumulation_changes_nothing(small):
+    """Two parts, one after the other, give the sums, the gradient's norm and the weights of one (1e-5)."""
+    config = tiny({"optimizer.accumulate": 2})
+    parts = make_run(config)
+    gradient, sums = jax.jit(parts.sums)(small.state.params, small.batches[0], small.key)
+    wanted_gradient, wanted = jax.jit(small.run.sums)(small.state.params, small.batches[0], small.key)
+    assert_close((gradient, sums), (wanted_gradient, wanted), 1e-5)
+    assert wanted["weight"] > 64
+
+
+def test_packed_equals_alone(small):
+    """A clip packed with others has the velocity, the loss and the gradient that it has alone (1e-5)."""
+    config, run = small.run.config, small.run
+    pieces = [first_pieces(run)[i] for i in (8, 0, 5, 10)]
+    assert sum(p.size[0] for p in pieces) <= config.data.length and max(p.size[2] for p in pieces) > 1
+    together, places = packed(config, [pieces])
+    velocity, params, key = make_velocity(run.model, config), small.state.params, small.key
+
+    @jax.jit
+    def look(batch):
+        text_BxSxE = run.text.module.apply({"params": params["text"]}, batch.ids_BxSxK, batch.prompt_BxS)
+        patches, _ = draw_levels(key, batch.patches, config.flow)
+        v_BxNxP = velocity(params["dit"], patches, Cond(text_BxSxE, batch.prompt_BxS))
+        return v_BxNxP, run.sums(params, batch, key)
+
+    v_1xNxP, sums = look(together)
+    alone = []
+    for piece, (_, offset, count) in zip(pieces, places[0], strict=True):
+        own_1xNxP, own_sums = look(packed(config, [[piece]])[0])
+        assert_close(v_1xNxP[0, offset : offset + count], own_1xNxP[0, :count], 1e-5)
+        alone.append(own_sums)
+    assert_close(sums, jax.tree.map(lambda *a: np.sum(a, 0), *alone), 1e-5)
+    assert len({float(own["loss"]) for _, own in alone}) == len(alone)
+
+
+# What is drawn.
+
+
+def names_batch(batch, uid_BxG):
+    """A batch whose every group is a clip of its own, of two text tokens."""
+    B, G = uid_BxG.shape
+    seg_BxG = np.tile(np.arange(1, G + 1, dtype=np.int32), (B, 1))
+    patches = dataclasses.replace(batch.patches, seg_BxG=seg_BxG, clip_BxG=uid_BxG)
+    return dataclasses.replace(batch, patches=patches, prompt_BxS=np.pad(np.repeat(seg_BxG, 2, 1), ((0, 0), (0, 3))))
+
+
+def test_text_dropout(small):
+    """The share of the clips asked for loses its prompt, whole prompts at a time, each by its clip's name alone."""
+    uid_BxG = np.random.default_rng(0).integers(2**32, size=(250, 16), dtype=np.uint32)
+    drop = functools.partial(jax.jit(drop_prompts), small.key)
+    for share, low, high in ((0.0, 0, 0), (0.1, 0.08, 0.12), (0.7, 0.67, 0.73), (1.0, 1, 1)):
+        drop_BxS = np.asarray(drop(names_batch(small.batches[0], uid_BxG), share))
+        drop_BxGx2 = drop_BxS[:, :32].reshape(250, 16, 2)
+        assert (drop_BxGx2[..., 0] == drop_BxGx2[..., 1]).all() and not drop_BxS[:, 32:].any()
+        assert low <= drop_BxGx2.mean() <= high, share
+        again_BxS = np.asarray(drop(names_batch(small.batches[0], uid_BxG[::-1, ::-1]), share))
+        assert (again_BxS[:, :32].reshape(250, 16, 2) == drop_BxGx2[::-1, ::-1]).all()
+
+
+# The optimizer.
+
+
+def test_schedule():
+    config = tiny({"steps": 1000, "optimizer.warmup": 100, "optimizer.decay": 0.3})
+    rate = make_schedule(config, 2.0)
+    wanted = {0: 2 / 101, 50: 2 / 101 + (2 - 2 / 101) / 2, 100: 2, 400: 2, 700: 2, 850: 1, 970: 0.2, 1000: 0, 1100: 0}
+    np.testing.assert_allclose([rate(step) for step in wanted], list(wanted.values()), atol=1e-6)
+    config.optimizer.decay = 0.0
+    assert float(make_schedule(config, 2.0)(1000)) == 2
+
+
+def test_muon_takes_every_matrix_of_the_blocks(small):
+    """Its momentum is there for the blocks' [L, in, out] weights and for nothing else, which adam has."""
+    config = tiny({"optimizer.kind": "muon"})
+    optimizer = make_optimizer(config, small.run.model)
+    named = lambda tree: {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    momenta = {}
+    is_moment = lambda node: hasattr(node, "mu")
+    for node in jax.tree.leaves(jax.eval_shape(optimizer.init, small.state.params), is_leaf=is_moment):
+        if is_moment(node):
+            momenta[type(node).__name__] = named(node.mu)
+    matrices = {
+        f"['dit']['block_{k}']" for k, (_, shape, _) in block_parameters(small.run.model).items() if len(shape) == 3
+    }
+    assert len(matrices) == 10
+    assert momenta == {"MuonState": matrices, "ScaleByAdamState": named(small.state.params) - matrices}
+
+
+def test_muon_orthogonalises_each_layer(small):
+    """A matrix's update has singular values near lr, whatever the size of its layer's gradient."""
+    config = tiny({"optimizer.kind": "muon", "optimizer.weight_decay": 0.0, "optimizer.warmup": 0})
+    optimizer, params, rng = make_optimizer(config, small.run.model), small.state.params, np.random.default_rng(0)
+
+    def gradient(path, p):
+        if p.ndim < 3:
+            return np.zeros(p.shape, np.float32)
+        u, s, v = np.linalg.svd(rng.standard_normal(p.shape), full_matrices=False)
+        return np.float32((u * rng.uniform(1, 5, s.shape)[:, None]) @ v * np.array([1.0, 1e-3])[:, None, None])
+
+    gradients = jax.tree_util.tree_map_with_path(gradient, params)
+    updates, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+    for name, update_LxIxO in updates["dit"].items():
+        if update_LxIxO.ndim == 3:
+            L, n_in, n_out = update_LxIxO.shape
+            s = np.linalg.svd(update_LxIxO, compute_uv=False) / config.optimizer.muon_lr / max(1, n_out / n_in) ** 0.5
+            # Newton and Schulz in five steps, with the coefficients of Jordan 2024: within 0.7 to 1.2.
+            assert ((0.6 < s) & (s < 1.3)).all(), (name, s.min(), s.max())
+
+
+# Whole runs, on all devices.
+
+WHOLE = {"optimizer.kind": "adamw", "data.rows": 8, "eval_every": 0, "checkpoint_every": 1, "log_every": 1}
+
+
+def test_ten_bad_steps_stop_the_run(tmp_path):
+    """The error says what to do; only the state from before the first bad step was saved."""
+    config = tiny(WHOLE | {"optimizer.lr": 1e30, "optimizer.warmup": 0, "steps": 50, "keep": 20})
+    with pytest.raises(FloatingPointError, match=rf"{MAX_BAD_STEPS} gradients .* up to step 11\. .* checkpoint 1;"):
+        train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [1]
+        state = checkpoints.restore().state
+    assert int(state["bad_total"]) == 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert [line["bad_total"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(11))
+
+
+def saved_weights(path, width=32):
+    config = tiny({"model.width": width})
+    run = make_run(config)
+    shapes_of = jax.eval_shape(run.init, jax.random.key(1)).params
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda a: np.float32(0.1 * rng.standard_normal(a.shape)), shapes_of)
+    generate.save_weights(path, params, config, 5)
+    return path
+
+
+def test_start_from_other_weights(tmp_path):
+    """The first state has another run's averaged weights and a fresh optimizer; what is left beside it is complete."""
+    given = generate.load(saved_weights(tmp_path / "given.safetensors")).params
+    rest = {"optimizer.lr": 0.0, "steps": 1, "init_from": str(tmp_path / "given.safetensors"), "eval_every": 1}
+    state = train(tiny(WHOLE | rest), tmp_path / "run")
+    assert digest(state.params) == digest(given)
+    assert_close(state.ema, given, 1e-6)
+    counts = {
+        int(node.count)
+        for node in jax.tree.leaves(state.opt_state, is_leaf=lambda n: hasattr(n, "mu"))
+        if hasattr(node, "mu")
+    }
+    assert counts == {1}
+    # A run's workdir is a start as good as a file: its newest checkpoint's average.
+    again = generate.load(tmp_path / "run")
+    assert again.step == 1 and digest(again.params) == digest(jax.device_get(state.ema))
+    files = {path.relative_to(tmp_path / "run").parts[0] for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {
+        "checkpoints",
+        "config.json",
+        "gallery",
+        "metrics.jsonl",
+        "tensorboard",
+        "versions.json",
+        "weights.safetensors",
+    }
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    path = saved_weights(tmp_path / "wide.safetensors", width=48)
+    with pytest.raises(
+        ValueError, match=r"init_from=.*other weights(.|\n)*block_q'\]: \(2, 48, 48\) there, \(2, 32, 32\) here"
+    ):
+        train(tiny(WHOLE | {"steps": 1, "init_from": str(path)}), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists() or not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_folder_of_clips_trains(tmp_path):
+    """Two videos, a picture and a broken file: the broken one is passed over, and the losses are finite."""
+    rng, folder = np.random.default_rng(0), tmp_path / "clips"
+    for i, (frames, height, width) in enumerate(((9, 32, 48), (14, 48, 32), (1, 32, 32))):
+        video_TxYxXx3 = np.uint8(rng.integers(256, size=(frames, height // 8, width // 8, 3)).repeat(8, 1).repeat(8, 2))
+        if frames > 1:
+            write_mp4(folder / f"{i}.mp4", video_TxYxXx3, 8, scale=1)
+        else:
+            write_png(folder / f"{i}.png", video_TxYxXx3[0])
+        (folder / f"{i}.txt").write_text(f"clip number {i}")
+    (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:100])
+    config = tiny(WHOLE | {"data.kind": "clips", "data.root": str(folder), "steps": 3, "sample.prompts": ()})
+    config.data.max_side, config.data.max_tokens = 48, 64
+    state = train(config, tmp_path / "run")
+    assert int(state.step) == 3 and int(state.bad_total) == 0
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(np.isfinite(line["loss"]) for line in lines)
+    samples = list((tmp_path / "run" / "gallery" / "step_00000003").glob("*.png"))
+    assert len(samples) == 3  # what it was shown: the folder's own captions and sizes
