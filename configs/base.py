@@ -78,6 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.kind = "adamw"  # 'adamw' or 'muon' (block matrices; the rest stays with adamw)
     optimizer.lr = 2e-3  # peak learning rate
+    optimizer.text_lr = 1e-4  # peak learning rate of the text encoder
     optimizer.warmup = 100  # steps up to the peak
     optimizer.decay = 0.3  # share of the steps, at the end, over which lr falls to 0
     optimizer.b1 = 0.9

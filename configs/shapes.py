@@ -17,7 +17,7 @@ def get_config(form="long"):
     config.model.text_pool = True
     config.optimizer.kind, config.optimizer.muon_lr = "muon", 0.03
     config.optimizer.decay, config.optimizer.ema = 0.4, 0.995
-    config.steps, config.eval_every, config.sample_every = 4000, 1000, 1000
+    config.steps, config.eval_every, config.sample_every = 2000, 500, 500
     if form == "quick":
         config.steps, config.eval_every, config.sample_every = 800, 0, 0
         config.data.pair_share = 0.25

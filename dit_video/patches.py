@@ -1,7 +1,8 @@
 """Clips as spacetime patches, and many clips packed in one row (Patch n' Pack; Dehghani et al. 2023, sec. 2).
 
 B rows in a batch, N patches per row, G groups per row, P values per patch (pt*ph*pw*C), S text tokens per row,
-K values per text token, E text width, T x Y x X a clip's grid of latents, C latent channels, n patches and s text tokens of one clip.
+K values per text token, E text width, T x Y x X a clip's grid of latents, C latent channels, n patches and s text
+tokens of one clip.
 
 Everything here but `Patches` itself is numpy: the loader packs without touching a device.
 """

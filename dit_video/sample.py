@@ -42,7 +42,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def requests_from_flags(step_y: int, step_x: int) -> list:
-    """The Requests that the flags ask for; step_y, step_x: pixels of a patch, to which an image's own size is fitted."""
+    """The Requests that the flags ask for; step_y, step_x: pixels of a patch, to which an image's size is fitted."""
     from dit_video.tasks import Request
 
     prompts = PROMPT.value or [""]

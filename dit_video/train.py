@@ -17,7 +17,7 @@ def parse(argv):
     """absl's parser, but an unknown key, or a config that cannot be read, is one line instead of a traceback."""
     try:
         left = app.parse_flags_with_usage(argv)
-        CONFIG.value.name  # a file that is not there is an error only once the config is used
+        _ = CONFIG.value.name  # a file that is not there is an error only once the config is used
     except (AttributeError, KeyError, OSError) as error:
         while isinstance(error.args[0], Exception):
             error = error.args[0]

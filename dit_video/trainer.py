@@ -4,6 +4,7 @@ B rows, N patches per row, P values per patch, G groups per row, S text tokens p
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 from absl import logging
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video import generate
 from dit_video.checkpoint import Checkpoints
@@ -75,27 +77,31 @@ def make_schedule(config, peak: float):
 
 
 def make_optimizer(config, model) -> optax.GradientTransformation:
-    """AdamW, or Muon for the blocks' matrices (each of the L layers orthogonalised by itself) and AdamW for the rest."""
+    """AdamW, or Muon for the blocks' matrices (each layer's by itself) and AdamW for the rest.
+
+    The text encoder learns at text_lr: at the blocks' rate what all tokens share outgrows the words within a hundred
+    steps, and prompts are ignored from then on.
+    """
     o = config.optimizer
-    adamw = dict(b1=o.b1, b2=o.b2)
+    adamw = lambda peak: optax.adamw(make_schedule(config, peak), o.b1, o.b2, weight_decay=o.weight_decay)
     if o.kind == "adamw":
-        update = optax.adamw(make_schedule(config, o.lr), weight_decay=o.weight_decay, **adamw)
+        blocks = {}
     elif o.kind == "muon":
-        matrices = {f"block_{name}" for name, (_, shape, _) in block_parameters(model).items() if len(shape) == 3}
-        each_layer = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-        update = optax.contrib.muon(
-            make_schedule(config, o.muon_lr),
-            weight_decay=o.weight_decay,
-            adam_learning_rate=make_schedule(config, o.lr),
-            adam_b1=o.b1,
-            adam_b2=o.b2,
-            adam_weight_decay=o.weight_decay,
-            muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
-                lambda path, _: each_layer if path[-1].key in matrices else None, params
-            ),
-        )
+        blocks = {f"block_{name}" for name, (_, shape, _) in block_parameters(model).items() if len(shape) == 3}
     else:
         raise ValueError(f"optimizer.kind={o.kind!r} is not known. Allowed: 'adamw', 'muon'.")
+    each_layer = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    muon = optax.contrib.muon(
+        make_schedule(config, o.muon_lr),
+        weight_decay=o.weight_decay,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: each_layer, params),
+    )
+
+    def kind(path, _):
+        return "text" if path[0].key == "text" else "muon" if path[-1].key in blocks else "rest"
+
+    by_kind = {"muon": muon, "text": adamw(o.text_lr), "rest": adamw(o.lr)}
+    update = optax.partition(by_kind, lambda params: jax.tree_util.tree_map_with_path(kind, params))
     return optax.chain(optax.clip_by_global_norm(o.clip), update)
 
 
@@ -258,7 +264,8 @@ def train(config, workdir) -> State:
     check_config(config)
     workdir = epath.Path(workdir)
     run, mesh, first = make_run(config), make_mesh(config.mesh), jax.process_index() == 0
-    key = jax.random.key(config.seed)
+    # On every device: the transfer guard forbids to bring it there step by step.
+    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
     with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints:
         _require_same_config(checkpoints.config(), config)
@@ -301,10 +308,12 @@ def train(config, workdir) -> State:
 
         stop = _StopRequests()
         meter = Meter(config, run.model, peak, extra.get("meter", []))
-        with stop, MetricsWriter(workdir, start) as writer, Progress(config.steps, start) as progress:
+        open_writer = MetricsWriter(workdir, start) if first else contextlib.nullcontext()
+        with contextlib.closing(loader), stop, open_writer as writer, Progress(config.steps, start) as progress:
 
             def save(step, loader_state, wait=False):
-                writer.flush()
+                if first:
+                    writer.flush()
                 extra = {"loader": _all_shards(loader_state), "meter": meter.pending}
                 checkpoints.save(step, state, extra, config.to_dict(), wait=wait)
 
@@ -314,8 +323,8 @@ def train(config, workdir) -> State:
                 progress.update(step, meter.loss, counts["patches"])
                 if meter.bad_steps >= MAX_BAD_STEPS:
                     raise FloatingPointError(
-                        f"{MAX_BAD_STEPS} gradients in a row were not finite, up to step {step}. The last good state is "
-                        f"checkpoint {checkpoints.latest()}; lower optimizer.lr or optimizer.clip."
+                        f"{MAX_BAD_STEPS} gradients in a row were not finite, up to step {step}. The last good state "
+                        f"is checkpoint {checkpoints.latest()}; lower optimizer.lr or optimizer.clip."
                     )
                 if line and first:
                     writer.write(step, line | {"compilations": compilations()})
@@ -361,7 +370,6 @@ def train(config, workdir) -> State:
                     print(f"stopped by a signal: saved at step {step}. The same command goes on from there.")
                     raise Preempted
             checkpoints.wait()
-        loader.close()
         if first:
             print(f"finished: {config.steps} steps. Look at {workdir / 'gallery' / 'index.html'}")
     return state
@@ -570,9 +578,8 @@ def _describe(config, workdir, state: State, start: int) -> None:
     total = sum(size for *_, size in rows)
     table = "\n".join(f"  {name:<32}{shape:<20}{size:>12,}" for name, shape, size in rows)
     print(f"{table}\n  {'total':<52}{total:>12,}")
-    print(
-        f"{config.name}: from step {start} to {config.steps} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
-    )
+    devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
+    print(f"{config.name}: from step {start} to {config.steps} on {devices}")
 
 
 def matmul_peak(dtype, side: int = 1536) -> float:

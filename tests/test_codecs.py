@@ -40,8 +40,8 @@ def test_decoding_gives_the_very_video_that_was_encoded(stride, latent_frames):
     latents_TxYxXxC = codec.encode(to_float(video))
     assert latents_TxYxXxC.shape == (latent_frames, 3, 2, codec.channels) and latents_TxYxXxC.dtype == np.float32
     np.testing.assert_array_equal(to_uint8(codec.decode(latents_TxYxXxC)), video)
-    view = np.moveaxis(np.ascontiguousarray(np.moveaxis(to_float(video), 2, 0)), 0, 2)  # not contiguous
-    np.testing.assert_array_equal(codec.encode(view), latents_TxYxXxC)
+    colours_first = np.ascontiguousarray(np.moveaxis(to_float(video), -1, 0))
+    np.testing.assert_array_equal(codec.encode(np.moveaxis(colours_first, 0, -1)), latents_TxYxXxC)
     assert codec.encode(video).dtype == np.uint8
 
 

@@ -3,6 +3,8 @@
 B rows, S tokens per row, K bytes per token, E text width, s tokens of one prompt.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +34,10 @@ def drop(ids_BxSxK, prompt_BxS, drop_BxS):
 
 
 class WordEncoder(nn.Module):
-    """Embeds each word's bytes, then lets the words of a prompt see one another (pre-norm transformer layers)."""
+    """Embeds each word's bytes, then lets the words of a prompt see one another (pre-norm transformer layers).
+
+    Without biases: what all tokens share grows fastest early in training, and with biases it came to drown the words.
+    """
 
     width: int = 128
     depth: int = 2
@@ -43,21 +48,22 @@ class WordEncoder(nn.Module):
     def __call__(self, ids_BxSxK, prompt_BxS):
         """text_BxSxE; a prompt's embeddings do not depend on what else is in the row, nor on where it lies."""
         B, S, K = ids_BxSxK.shape
+        dense = functools.partial(nn.Dense, use_bias=False)
         bytes_BxSxKxe = nn.Embed(257, self.byte_width, embedding_init=nn.initializers.normal(1.0), name="bytes")(
             ids_BxSxK
         )
-        h_BxSxE = nn.Dense(self.width, name="word")(bytes_BxSxKxe.reshape(B, S, -1))
-        h_BxSxE = h_BxSxE + nn.Dense(self.width, name="place")(sinusoids(index_in_prompt(prompt_BxS), 32, 100.0))
+        h_BxSxE = dense(self.width, name="word")(bytes_BxSxKxe.reshape(B, S, -1))
+        h_BxSxE = h_BxSxE + dense(self.width, name="place")(sinusoids(index_in_prompt(prompt_BxS), 32, 100.0))
         tag = (prompt_BxS, jnp.zeros_like(prompt_BxS))
         for i in range(self.depth):
             x_BxSxE = layer_norm(h_BxSxE)
             q, k, v = (
-                nn.Dense(self.width, name=f"{n}_{i}")(x_BxSxE).reshape(B, S, self.heads, -1) for n in ("q", "k", "v")
+                dense(self.width, name=f"{n}_{i}")(x_BxSxE).reshape(B, S, self.heads, -1) for n in ("q", "k", "v")
             )
             o, _ = attend(q, k, v, tag, tag)
-            h_BxSxE = h_BxSxE + nn.Dense(self.width, name=f"o_{i}")(o.reshape(B, S, -1))
-            x_BxSxE = nn.gelu(nn.Dense(4 * self.width, name=f"mlp_in_{i}")(layer_norm(h_BxSxE)))
-            h_BxSxE = h_BxSxE + nn.Dense(self.width, name=f"mlp_out_{i}")(x_BxSxE)
+            h_BxSxE = h_BxSxE + dense(self.width, name=f"o_{i}")(o.reshape(B, S, -1))
+            x_BxSxE = nn.gelu(dense(4 * self.width, name=f"mlp_in_{i}")(layer_norm(h_BxSxE)))
+            h_BxSxE = h_BxSxE + dense(self.width, name=f"mlp_out_{i}")(x_BxSxE)
         return layer_norm(h_BxSxE)
 
 

@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors.numpy import load as parse
+from safetensors import deserialize
 from safetensors.numpy import save as serialise
 
 
@@ -31,10 +31,12 @@ def load_weights(path):
     if "config" not in metadata:
         raise ValueError(f"{path} carries no dit_video config: convert published weights first.")
     params = {}
-    for name, tensor in parse(data).items():
+    # safetensors.numpy writes bfloat16 and does not read it.
+    for name, tensor in deserialize(data):
         *parents, leaf = name.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = tensor.astype(np.float32)
+        dtype = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}[tensor["dtype"]]
+        node[leaf] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"]).astype(np.float32)
     return params, json.loads(metadata["config"]), int(metadata["step"])

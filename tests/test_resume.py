@@ -1,0 +1,183 @@
+"""A run that is killed or stopped, whenever, and started again leaves what an unbroken run leaves, bit for bit."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_trainer import TINY
+
+from dit_video.checkpoint import SUMS, Checkpoints, digest
+from dit_video.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Lines of metrics span checkpoints, and validation falls between them.
+RUN = {
+    "optimizer.kind": "adamw",
+    "optimizer.warmup": 3,
+    "steps": 32,
+    "log_every": 4,
+    "checkpoint_every": 3,
+    "eval_every": 8,
+}
+TIMINGS = {"tokens_per_second", "model_flops_per_second", "share_of_matmul_peak", "compilations"}
+
+
+def start(workdir, **overrides):
+    """The train command on one device; what it prints goes to WORKDIR.log."""
+    flags = [f"--config.{key}={value}" for key, value in (TINY | RUN | overrides).items()]
+    command = [sys.executable, "-m", "dit_video.train", "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
+    with open(f"{workdir}.log", "a") as log:
+        return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, cwd=ROOT, stdout=log, stderr=log)
+
+
+def finish(workdir, **overrides):
+    """Runs the command to its end; gives its exit code and what it printed."""
+    log = pathlib.Path(f"{workdir}.log")
+    before = log.stat().st_size if log.exists() else 0
+    code = start(workdir, **overrides).wait(600)
+    return code, log.read_text()[before:]
+
+
+def left_by(workdir):
+    """All that must not depend on how often a run was stopped."""
+    lines = [{k: v for k, v in line.items() if k not in TIMINGS} for line in read_metrics(workdir / "metrics.jsonl")]
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step, state, extra, config = checkpoints.restore()
+    files = [workdir / "weights.safetensors", *sorted((workdir / "gallery").glob("step_*/*.png"))]
+    return {
+        "lines": lines,
+        "step": step,
+        "state": digest(state),
+        "extra": extra,
+        "config": config,
+        "files": {str(path.relative_to(workdir)): path.read_bytes() for path in files},
+    }
+
+
+def assert_same(workdir, unbroken):
+    found = left_by(workdir)
+    assert found["lines"] == unbroken["lines"]
+    assert found["state"] == unbroken["state"]
+    assert found == unbroken
+    for kind in ("loss", "validation"):
+        steps = [line["step"] for line in found["lines"] if kind in line]
+        assert steps == list(range(0, 33, {"loss": 4, "validation": 8}[kind]))[1:]
+
+
+def complete(workdir):
+    """The newest complete checkpoint's step."""
+    return max((int(path.parent.name) for path in workdir.glob(f"checkpoints/*/{SUMS}")), default=0)
+
+
+def writing(workdir):
+    """Whether a checkpoint is half written at this moment."""
+    return any(not (path / SUMS).exists() for path in workdir.glob("checkpoints/*"))
+
+
+def wait_until(process, workdir, step, condition=lambda: True):
+    """Until the checkpoint of `step`, or a later one, is complete and `condition` holds, or the process has ended."""
+    while process.poll() is None and not (complete(workdir) >= step and condition()):
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    code, printed = finish(workdir)
+    assert code == 0, printed
+    return workdir, left_by(workdir)
+
+
+def kill_and_resume(workdir, kills, seed):
+    """Kills the run so many times, wherever it is, then lets it finish; how many kills hit a half-written checkpoint.
+
+    The first falls anywhere in the start; of the rest every other one falls while a checkpoint is written, and one at
+    a random moment after the run has got further.
+    """
+    rng, torn = random.Random(seed), 0
+    for i in range(kills):
+        process, before = start(workdir), complete(workdir)
+        if i == 0:
+            time.sleep(rng.uniform(0, 4))
+        elif i % 2:
+            wait_until(process, workdir, before + 1, lambda: writing(workdir))
+            time.sleep(rng.uniform(0, 0.03) if i > 1 else 0)
+        else:
+            wait_until(process, workdir, min(before + 3 * rng.randint(0, 1 + 24 // kills), 30))
+            time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0)
+        torn += writing(workdir)
+    code, printed = finish(workdir)
+    assert code == 0, printed
+    return torn
+
+
+def test_killed_five_times(tmp_path, unbroken):
+    assert kill_and_resume(tmp_path / "run", 5, seed=0) >= 1
+    assert_same(tmp_path / "run", unbroken[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_many_times(tmp_path, unbroken, seed):
+    """As often as the run has checkpoints, and twice over at each of its last."""
+    assert kill_and_resume(tmp_path / "run", 20, seed) >= 3
+    assert_same(tmp_path / "run", unbroken[1])
+
+
+def test_killed_before_what_the_last_step_leaves(tmp_path, unbroken):
+    """Killed while the last gallery is made: the same command makes gallery and weights."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / f"{32:08d}")
+    (workdir / "weights.safetensors").unlink()
+    for path in (workdir / "gallery").glob("step_*/samples.json"):
+        path.unlink()
+    process = start(workdir)
+    wait_until(process, workdir, 0, lambda: any((workdir / "gallery").glob("step_*/samples.json")))
+    process.kill()
+    process.wait()
+    assert finish(workdir)[0] == 0
+    assert_same(workdir, unbroken[1])
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_stopped_by_a_signal(tmp_path, unbroken, asked):
+    """Exit code 75 and a checkpoint at the very step; the same command goes on, amid a line of metrics too."""
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_until(process, workdir, 6)
+    process.send_signal(asked)
+    assert process.wait(60) == 75
+    stopped = complete(workdir)
+    assert f"saved at step {stopped}" in pathlib.Path(f"{workdir}.log").read_text()
+    assert 6 <= stopped < 32 and not writing(workdir)
+    extra = json.loads((workdir / "checkpoints" / f"{stopped:08d}" / "extra.json").read_text())
+    assert len(extra["meter"]) == stopped % 4
+    assert finish(workdir)[0] == 0
+    assert_same(workdir, unbroken[1])
+
+
+def test_finished_runs_and_changed_configs(tmp_path, unbroken):
+    """A finished run says so, touches nothing and ends; another config is refused, but steps may be raised."""
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    code, printed = finish(workdir)
+    assert code == 0 and "is finished: 32 of 32 steps" in printed
+    assert_same(workdir, unbroken[1])
+    code, printed = finish(workdir, **{"optimizer.lr": 0.5, "model.depth": 1, "log_every": 5})
+    assert code == 1 and "Traceback" not in printed
+    assert "another config" in printed and "optimizer.lr: 0.002 -> 0.5" in printed and "model.depth: 2 -> 1" in printed
+    assert "log_every" not in printed
+    assert_same(workdir, unbroken[1])
+    code, printed = finish(workdir, steps=36)
+    assert code == 0 and "from step 32 to 36" in printed and complete(workdir) == 36
+    assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line][-2:] == [32, 36]

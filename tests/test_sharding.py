@@ -1,0 +1,161 @@
+"""The same step on any layout of devices, and the same sums whoever adds them up: jit, pmap, shard_map, processes.
+
+B rows of the global batch, one for each of eight devices.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from test_trainer import TINY, Tiny, assert_close, awake, first_batches, tiny
+
+from dit_video import generate
+from dit_video.flow import named_key
+from dit_video.metrics import read_metrics
+from dit_video.sharding import AXES, global_batch, make_mesh, state_shardings
+from dit_video.trainer import make_run
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def mesh_of(data, fsdp):
+    return make_mesh(ml_collections.ConfigDict({"data": data, "fsdp": fsdp}))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A run of eight rows on one device, and two steps of it."""
+    run = make_run(tiny({"data.rows": 8, "optimizer.kind": "adamw", "optimizer.warmup": 0}))
+    key = jax.random.key(0)
+    state = jax.jit(run.init)(named_key(key, "init"))
+    state = dataclasses.replace(state, params=awake(state.params), ema=awake(state.ema))
+    return Tiny(run, jax.jit(run.step), state, first_batches(run, 2), key)
+
+
+@pytest.fixture(scope="module")
+def two_steps(alone):
+    state, losses = alone.state, []
+    for batch in alone.batches:
+        state, metrics = alone.step(state, batch, alone.key)
+        losses.append(metrics)
+    return state, losses
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (4, 2)])
+def test_any_mesh_gives_the_same_steps(alone, two_steps, data, fsdp):
+    """Losses, by level too, gradients' norms and the weights after two steps (1e-5)."""
+    mesh = mesh_of(data, fsdp)
+    shardings = state_shardings(jax.eval_shape(lambda: alone.state), mesh)
+    state = jax.device_put(alone.state, shardings)
+    step = jax.jit(alone.run.step, out_shardings=(shardings, None))
+    for batch, wanted in zip(alone.batches, two_steps[1], strict=True):
+        batch = global_batch(batch, mesh)
+        assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(batch))
+        state, metrics = step(state, batch, alone.key)
+        assert_close(metrics, wanted, 1e-5)
+    assert_close(state.ema, two_steps[0].ema, 1e-5)
+    # Adam divides by the root of a gradient's square: where that is next to nothing, rounding decides.
+    assert_close(state.params, two_steps[0].params, 1e-4)
+    # A device holds its share of the matrices: not all of them, as it would if the rule were idle.
+    held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
+    total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert held <= total / fsdp + 0.05 * total
+
+
+def summed(alone):
+    """Run.sums of this device's rows, added up over the axes 'data' and 'fsdp'."""
+    return lambda params, batch, key, axes=AXES: jax.lax.psum(alone.run.sums(params, batch, key), axes)
+
+
+def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
+    """Gradient and sums of eight rows on one device are the psum of those of a row on each of eight (1e-5)."""
+    params, batch = alone.state.params, alone.batches[0]
+    wanted = jax.jit(alone.run.sums)(params, batch, alone.key)
+    mesh, everywhere, rows = mesh_of(4, 2), PartitionSpec(), PartitionSpec(AXES)
+    mapped = jax.shard_map(
+        summed(alone), mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
+    )
+    put = lambda tree: jax.device_put(tree, NamedSharding(mesh, everywhere))
+    sums = jax.jit(mapped)(put(params), global_batch(batch, mesh), put(alone.key))
+    for part in (0, 1):
+        assert_close(sums[part], wanted[part], 1e-5)
+    each = jax.tree.map(lambda a: a[:, None], batch)
+    mapped = jax.pmap(lambda p, b, k: summed(alone)(p, b, k, "rows"), axis_name="rows", in_axes=(None, 0, None))
+    sums = jax.tree.map(lambda a: a[3], mapped(params, each, alone.key))
+    for part in (0, 1):
+        assert_close(sums[part], wanted[part], 1e-5)
+    # And `update` takes them from there.
+    after, _ = jax.jit(alone.run.update)(alone.state, *wanted)
+    assert int(after.step) == 1 and jnp.isfinite(after.params["dit"]["patch"]).all()
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 2), (3, 1), (-1, 3), (-1, 0)])
+def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
+    with pytest.raises(ValueError, match=rf"mesh.data={data} x mesh.fsdp={fsdp} do not make the 8 devices"):
+        mesh_of(data, fsdp)
+
+
+PROCESS = """
+import json, sys
+import jax
+address, index, count, overrides, workdir = sys.argv[1:]
+if int(count) > 1:
+    jax.distributed.initialize(address, int(count), int(index))
+assert jax.device_count() == int(count)
+from configs import shapes
+from dit_video import trainer
+config = shapes.get_config()
+config.update_from_flattened_dict(json.loads(overrides))
+trainer.train(config, workdir)
+"""
+
+
+def train_in_processes(count, workdir, **overrides):
+    """A run in `count` processes of one device each, joined by jax.distributed over the loopback."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    arguments = [json.dumps(TINY | overrides), str(workdir)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), str(count), *arguments], env=env, cwd=ROOT)
+        for i in range(count)
+    ]
+    try:
+        assert [process.wait(600) for process in processes] == [0] * count
+    finally:
+        for process in processes:
+            process.kill()
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_two_processes_train_as_one(tmp_path, fsdp):
+    """The losses of one process on the same global batch, line for line, and the same weights at the end (1e-4)."""
+    rest = {"optimizer.kind": "adamw", "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 2}
+    wanted = train_in_processes(1, tmp_path / "one", **rest)
+    lines = train_in_processes(2, tmp_path / "two", **rest, **{"mesh.fsdp": fsdp})
+    same = lambda name: name.startswith(("loss", "validation", "gradient_norm", "clips", "patch_fill", "text_fill"))
+    assert len(lines) == len(wanted) == 6
+    for line, want in zip(lines, wanted, strict=True):
+        assert line["step"] == want["step"] and line.keys() == want.keys()
+        for name in filter(same, want):
+            np.testing.assert_allclose(line[name], want[name], rtol=1e-4, err_msg=f"{name} at step {want['step']}")
+    # The checkpoint, gathered from both, and the file of weights are there for anyone to sample from.
+    one, two = (generate.load(tmp_path / name) for name in ("one", "two"))
+    assert_close(two.params, one.params, 1e-4)
+    assert_close(generate.load(tmp_path / "two" / "weights.safetensors").params, two.params, 1e-2)
+    # And the run of two goes on as one.
+    lines = train_in_processes(1, tmp_path / "two", **rest | {"steps": 5})
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
