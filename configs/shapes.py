@@ -1,7 +1,7 @@
 """The embedded world of moving shapes, drawn on the fly.
 
-    python -m dit_video.train --config=configs/shapes.py --workdir=runs/shapes
-    python -m dit_video.train --config=configs/shapes.py:quick --workdir=runs/quick
+python -m dit_video.train --config=configs/shapes.py --workdir=runs/shapes
+python -m dit_video.train --config=configs/shapes.py:quick --workdir=runs/quick
 """
 
 from configs import base

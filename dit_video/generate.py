@@ -62,9 +62,9 @@ def _holds_checkpoints(directory) -> bool:
 def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[np.ndarray]:
     """The requests' videos, each uint8 TxYxXx3, sampled packed in shared batches.
 
-    trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance, interval) and `row`, the patches of a row,
-    in place of the config's. A request gives the same sample alone or packed with others, up to float rounding.
-    Raises ValueError for a request that cannot be laid out, before anything is compiled.
+    trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance,
+    interval) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone or packed
+    with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be laid out.
     """
     trained = trained if isinstance(trained, Trained) else load(trained)
     config = trained.config
@@ -107,7 +107,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     done = []
     for start in range(0, len(rows), at_once):
         part = slice(start, start + at_once)
-        some = jax.tree.map(lambda a: put(a[part]), batch)
+        some = jax.tree.map(lambda a, part=part: put(a[part]), batch)
         done.append(np.asarray(run(params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]))))
     latents = unpack(np.concatenate(done), [grids[i] for i in range(len(requests))])
     return [to_uint8(codec.decode(latents_TxYxXxC)) for latents_TxYxXxC in latents]

@@ -16,7 +16,8 @@ from test_trainer import tiny
 
 from dit_video import generate, sample
 from dit_video.gallery import write_png
-from dit_video.trainer import make_run, parse_prompt
+from dit_video.step import make_run
+from dit_video.trainer import parse_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -14,7 +14,7 @@ from configs import base
 from dit_video import flow
 from dit_video.model import to_velocity
 from dit_video.patches import lay_out, pack
-from dit_video.trainer import drop_prompts
+from dit_video.step import drop_prompts
 
 SHAPES = [(3, 2, 4), (1, 2, 3), (4, 1, 2), (2, 4, 4), (1, 1, 1), (5, 2, 2)]  # of the clips, in patches
 ROWS = [[0, 1, 2], [3, 4, 5]]

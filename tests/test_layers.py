@@ -14,7 +14,8 @@ LAYERS = (
     {"sampling"},
     {"model", "tasks", "data"},
     {"weights", "evaluation"},
-    {"generate"},
+    {"generate", "step"},
+    {"meter"},
     {"trainer"},
     {"train", "sample", "evaluate"},
 )

@@ -23,7 +23,7 @@ from dit_video import generate
 from dit_video.flow import named_key
 from dit_video.metrics import read_metrics
 from dit_video.sharding import AXES, global_batch, make_mesh, state_shardings
-from dit_video.trainer import make_run
+from dit_video.step import make_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

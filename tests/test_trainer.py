@@ -21,7 +21,8 @@ from dit_video.gallery import write_mp4, write_png
 from dit_video.metrics import read_metrics
 from dit_video.model import block_parameters, make_velocity
 from dit_video.patches import Cond, lay_out, pack
-from dit_video.trainer import MAX_BAD_STEPS, drop_prompts, make_optimizer, make_run, make_schedule, train
+from dit_video.step import drop_prompts, make_optimizer, make_run, make_schedule
+from dit_video.trainer import MAX_BAD_STEPS, train
 
 # A model that compiles in seconds; other files' tests train it too.
 TINY = {

@@ -67,8 +67,11 @@ class Waiting:
     size: tuple[int, int, int]
 
 
-def make_source(config, split: str = "train"):
-    """The clips that `config.data` asks for; those of 'validation' are the same whatever the seed."""
+def make_source(config, split: str = "train", cache=None):
+    """The clips that `config.data` asks for; those of 'validation' are the same whatever the seed.
+
+    cache: a path where a folder's scan is kept, so that it is decoded whole only once.
+    """
     if split not in ("train", "validation"):
         raise ValueError(f"split={split!r} is not known. Allowed: 'train', 'validation'.")
     data, seed = config.data, seed_of(config, split)
@@ -86,16 +89,17 @@ def make_source(config, split: str = "train"):
             max_side=data.max_side,
             fps=tuple(data.fps) or None,
             max_frames=data.max_frames,
+            cache=cache,
             name=f"clips/{split}",
         )
     raise ValueError(f"data.kind={data.kind!r} is not known. Allowed: 'shapes', 'clips'.")
 
 
-def make_loader(config, tokenise, codec, split="train", process_index=0, process_count=1) -> "Loader":
+def make_loader(config, tokenise, codec, split="train", process_index=0, process_count=1, cache=None) -> "Loader":
     """An endless iterator over one process's Batches; those of all processes, in order, are the global batch.
 
-    tokenise: caption -> ids_sxK. split: 'train', or 'validation', whose order is the same for all seeds. Raises
-    ValueError where rows, shards, processes and workers do not divide, and for clips that fit no row.
+    tokenise: caption -> ids_sxK. cache: see `make_source`. split: 'train', or 'validation', whose order is the same
+    for all seeds. Raises ValueError where rows, shards, processes and workers do not divide, or a clip fits no row.
     """
     data = config.data
     for name, whole, by, part in (
@@ -104,7 +108,7 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
     ):
         if whole % part:
             raise ValueError(f"{name}={whole} must be a multiple of {by}={part}. Nearest: {-(-whole // part) * part}.")
-    source = make_source(config, split)
+    source = make_source(config, split, cache)
     plan = Plan(
         source=source,
         indices=split_indices(source, split),
@@ -197,6 +201,11 @@ class Loader:
         for part in parts:
             part.start_prefetch()
         return parts
+
+    @property
+    def report(self) -> list[dict]:
+        """What the scan of a folder said of every file in it; empty for drawn clips."""
+        return getattr(self._plan.source, "report", [])
 
     @property
     def skipped(self) -> int:

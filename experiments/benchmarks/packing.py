@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 from absl import app, flags
-from configs import shapes
 
-from dit_video import trainer
+from configs import shapes
+from dit_video import step as training
 from dit_video.data.loader import make_loader
 from dit_video.patches import Batch, Patches
 
@@ -35,9 +35,10 @@ def rows_of(batch: Batch, length: int, keep) -> Batch:
     fit = lambda a, n: np.concatenate([a, np.zeros((n - len(a), *a.shape[1:]), a.dtype)])
     fields = {}
     for name in Patches.__dataclass_fields__:
-        of_group = name.endswith("G")
-        rows = [fit(getattr(p, name)[b][groups if of_group else at], G if of_group else length) for b, at, groups, _ in out]
-        fields[name] = np.stack(rows)
+        values, size = getattr(p, name), G if name.endswith("G") else length
+        fields[name] = np.stack(
+            [fit(values[b][groups if name.endswith("G") else at], size) for b, at, groups, _ in out]
+        )
     fields["group_BxN"] = np.maximum(fields["group_BxN"] - fields["group_BxN"][:, :1], 0)
     for name in ("seg_BxN", "prompt_BxN", "seg_BxG"):
         fields[name] = (fields[name] > 0).astype(np.int32)
@@ -48,7 +49,7 @@ def rows_of(batch: Batch, length: int, keep) -> Batch:
 
 def main(_):
     config = shapes.get_config()
-    packed_run = trainer.make_run(config)
+    packed_run = training.make_run(config)
     loader = make_loader(config, packed_run.text.tokenise, packed_run.codec)
     packed = next(loader)
     more = [packed] + [next(loader) for _ in range(3)]
@@ -62,7 +63,7 @@ def main(_):
         """A function that runs one step on each batch, and how many real patches that is."""
         c = shapes.get_config()
         c.data.max_tokens = min(length, c.data.max_tokens)
-        run = trainer.make_run(c)
+        run = training.make_run(c)
         state, step = jax.jit(run.init)(key), jax.jit(run.step)
         batches = [jax.device_put(b) for b in batches]
         patches = sum(int((b.patches.seg_BxN > 0).sum()) for b in batches)

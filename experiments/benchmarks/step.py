@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from configs import dit, shapes
 
-from dit_video import trainer
+from configs import dit, shapes
+from dit_video import step as training
+from dit_video.meter import matmul_peak
 from dit_video.model import macs
 from dit_video.patches import Batch, Patches
 
@@ -47,7 +48,7 @@ def model_config(name: str, tokens: int):
 
 def random_batch(config, run) -> Batch:
     """One clip of random latents per row, with a prompt of one token."""
-    rng, shapes_of = np.random.default_rng(0), trainer.abstract_batch(config, run.model, run.text)
+    rng, shapes_of = np.random.default_rng(0), training.abstract_batch(config, run.model, run.text)
     batch = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes_of)
     p, (B, N) = batch.patches, batch.patches.seg_BxN.shape
     p.x_BxNxP[:] = rng.standard_normal(p.x_BxNxP.shape, np.float32)
@@ -63,25 +64,23 @@ def main(_):
     for name in MODELS.value:
         for tokens in map(int, TOKENS.value):
             config = model_config(name, tokens)
-            run = trainer.make_run(config)
+            run = training.make_run(config)
             key = jax.random.key(0)
             state, batch = jax.jit(run.init)(key), jax.device_put(random_batch(config, run))
             step = jax.jit(run.step, donate_argnums=0)
-            before = trainer.matmul_peak(jnp.dtype(config.model.dtype), side=3072)
+            before = matmul_peak(jnp.dtype(config.model.dtype), side=3072)
             seconds = []
             for _ in range(RUNS.value + 1):
                 began = time.perf_counter()
                 state, metrics = step(state, batch, key)
                 jax.block_until_ready((state, metrics))
                 seconds.append(time.perf_counter() - began)
-            peak = max(before, trainer.matmul_peak(jnp.dtype(config.model.dtype), side=3072))
+            peak = max(before, matmul_peak(jnp.dtype(config.model.dtype), side=3072))
             median = statistics.median(seconds[1:])
             rows = config.data.rows
             speed = 6 * rows * macs(run.model, [tokens], [1]) / median
-            print(
-                f"{name:<9}{tokens:>7}{rows:>6}{median:>9.3f}{speed / 1e9:>9.1f}{peak / 1e9:>14.1f}{speed / peak:>7.1%}",
-                flush=True,
-            )
+            figures = f"{median:>9.3f}{speed / 1e9:>9.1f}{peak / 1e9:>14.1f}{speed / peak:>7.1%}"
+            print(f"{name:<9}{tokens:>7}{rows:>6}{figures}", flush=True)
             del state, batch
 
 

@@ -1,6 +1,6 @@
 """The README's moving picture: prompts of several sizes, sampled in one packed batch and tiled.
 
-    python experiments/shapes/picture.py --weights=experiments/shapes/weights.safetensors
+python experiments/shapes/picture.py --weights=experiments/shapes/weights.safetensors
 """
 
 import numpy as np

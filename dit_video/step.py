@@ -1,0 +1,207 @@
+"""One training step: the state, the optimizer, and the pure functions that a config makes of a model.
+
+B rows, N patches per row, P values per patch, G groups per row, S text tokens per row.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dit_video.codecs import make_codec
+from dit_video.flow import BUCKETS, corrupt, draw_levels, loss_sums, named_key, patch_noise, per_patch
+from dit_video.model import block_parameters, make_model, make_velocity
+from dit_video.patches import Batch, Cond, Patches
+from dit_video.text import make_text
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a checkpoint needs beside the loader. params, ema: {'text': ..., 'dit': ...}.
+
+    bad_steps: int32, steps in a row whose gradient was not finite; bad_total: all of them.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    bad_steps: jax.Array
+    bad_total: jax.Array
+
+
+def make_schedule(config, peak: float):
+    """Linear warm-up, a plateau, and a linear decay to 0 over the last `decay` share of the steps."""
+    warm, down = config.optimizer.warmup, int(config.optimizer.decay * config.steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / (warm + 1), peak, warm),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, max(down, 1)),
+        ],
+        [warm, max(config.steps - down, warm)],
+    )
+
+
+def make_optimizer(config, model) -> optax.GradientTransformation:
+    """AdamW, or Muon for the blocks' matrices (each layer's by itself) and AdamW for the rest.
+
+    The text encoder learns at text_lr: at the blocks' rate what all tokens share outgrows the words within a hundred
+    steps, and prompts are ignored from then on.
+    """
+    o = config.optimizer
+    adamw = lambda peak: optax.adamw(make_schedule(config, peak), o.b1, o.b2, weight_decay=o.weight_decay)
+    if o.kind == "adamw":
+        blocks = {}
+    elif o.kind == "muon":
+        blocks = {f"block_{name}" for name, (_, shape, _) in block_parameters(model).items() if len(shape) == 3}
+    else:
+        raise ValueError(f"optimizer.kind={o.kind!r} is not known. Allowed: 'adamw', 'muon'.")
+    each_layer = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    muon = optax.contrib.muon(
+        make_schedule(config, o.muon_lr),
+        weight_decay=o.weight_decay,
+        muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: each_layer, params),
+    )
+
+    def kind(path, _):
+        return "text" if path[0].key == "text" else "muon" if path[-1].key in blocks else "rest"
+
+    by_kind = {"muon": muon, "text": adamw(o.text_lr), "rest": adamw(o.lr)}
+    update = optax.partition(by_kind, lambda params: jax.tree_util.tree_map_with_path(kind, params))
+    return optax.chain(optax.clip_by_global_norm(o.clip), update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The pure functions of a config, before any device is touched.
+
+    init(key) -> State. sums(params, batch, key) -> gradient of the loss' sum, sums: what data parallel forms add up.
+    update(state, gradient, sums) -> state, metrics, from global sums. step(state, batch, key) is both. evaluate(params,
+    batch, key) -> sums at fixed levels.
+    """
+
+    config: Any
+    codec: Any
+    text: Any
+    model: Any
+    optimizer: optax.GradientTransformation
+    init: Any
+    sums: Any
+    update: Any
+    step: Any
+    evaluate: Any
+
+
+def make_run(config) -> Run:
+    """Builds what `train` jits. Raises ValueError for a config that cannot be run."""
+    codec, text = make_codec(config.codec), make_text(config.text)
+    model = make_model(config, codec.channels, span=config.data.max_tokens)
+    optimizer, velocity = make_optimizer(config, model), make_velocity(model, config)
+    abstract = abstract_batch(config, model, text)
+
+    def init(key) -> State:
+        batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+        text_params = text.module.init(named_key(key, "text"), batch.ids_BxSxK, batch.prompt_BxS)["params"]
+        text_BxSxE = text.module.apply({"params": text_params}, batch.ids_BxSxK, batch.prompt_BxS)
+        dit_params = model.init(named_key(key, "dit"), batch.patches, Cond(text_BxSxE, batch.prompt_BxS))["params"]
+        params = {"text": text_params, "dit": dit_params}
+        # Buffers are donated, so the average must not share the parameters' own.
+        ema = jax.tree.map(jnp.copy, params)
+        zero = jnp.zeros((), jnp.int32)
+        return State(zero, params, ema, optimizer.init(params), zero, zero)
+
+    def errors(params, batch: Batch, patches: Patches, weight_BxG, key, drop_BxS):
+        """Sums of the loss of `patches`, which have their levels, with noise from `key`."""
+        clean_BxNxP = jnp.where((patches.seg_BxN != 0)[..., None], patches.x_BxNxP, 0)
+        noise_BxNxP = patch_noise(named_key(key, "noise"), patches.uid_BxN, clean_BxNxP.shape[-1])
+        level_BxN = per_patch(patches.level_BxG, patches)
+        z_BxNxP, target_BxNxP = corrupt(noise_BxNxP, clean_BxNxP, level_BxN)
+        ids, prompt_BxS = text.drop(batch.ids_BxSxK, batch.prompt_BxS, drop_BxS)
+        cond = Cond(text.module.apply({"params": params["text"]}, ids, prompt_BxS), prompt_BxS)
+        v_BxNxP = velocity(params["dit"], dataclasses.replace(patches, x_BxNxP=z_BxNxP), cond)
+        weight_BxN = jnp.where(patches.seg_BxN != 0, per_patch(weight_BxG, patches), 0)
+        return loss_sums(v_BxNxP, target_BxNxP, weight_BxN, level_BxN)
+
+    def loss(params, batch: Batch, key):
+        patches, weight_BxG = draw_levels(named_key(key, "levels"), batch.patches, config.flow)
+        drop_BxS = drop_prompts(named_key(key, "text"), batch, config.text.dropout)
+        sums = errors(params, batch, patches, weight_BxG, key, drop_BxS)
+        return sums["loss"], sums
+
+    def evaluate(params, batch: Batch, key):
+        """Sums at the levels in the middle of the buckets, each clip at one of them by its name."""
+        p = batch.patches
+        level_BxG = (p.clip_BxG % BUCKETS + 0.5) / BUCKETS
+        patches = dataclasses.replace(p, level_BxG=level_BxG.astype(jnp.float32))
+        weight_BxG = (p.seg_BxG != 0).astype(jnp.float32)
+        return errors(params, batch, patches, weight_BxG, key, jnp.zeros(batch.prompt_BxS.shape, bool))
+
+    def gradient_sums(params, batch: Batch, key):
+        """Sums over the batch, in config.optimizer.accumulate parts one after the other."""
+        parts = config.optimizer.accumulate
+        gradient = jax.grad(loss, has_aux=True)
+        if parts == 1:
+            return gradient(params, batch, key)
+        # Every parts-th row, so that each part still has rows on every device.
+        split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+        one = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], split), key)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, part, key)), None)
+        return jax.lax.scan(add, zeros, split)[0]
+
+    def update(state: State, gradient, sums):
+        """One update from the global sums. A gradient that is not finite moves the step on and nothing else."""
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1), gradient)
+        norm = optax.tree.norm(gradient)
+        good = jnp.isfinite(norm) & jnp.isfinite(sums["loss"])
+
+        def move(old):
+            updates, opt_state = optimizer.update(gradient, old[2], old[0])
+            params = optax.apply_updates(old[0], updates)
+            decay = jnp.minimum(config.optimizer.ema, (1 + state.step) / (10 + state.step))
+            ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old[1], params)
+            return params, ema, opt_state
+
+        old = (state.params, state.ema, state.opt_state)
+        params, ema, opt_state = jax.lax.cond(good, move, lambda old: old, old)
+        bad = jnp.where(good, 0, state.bad_steps + 1)
+        state = State(state.step + 1, params, ema, opt_state, bad, state.bad_total + ~good)
+        return state, sums | {"gradient_norm": norm, "bad_steps": bad, "bad_total": state.bad_total}
+
+    def step(state: State, batch: Batch, key):
+        gradient, sums = gradient_sums(state.params, batch, jax.random.fold_in(key, state.step))
+        return update(state, gradient, sums)
+
+    return Run(config, codec, text, model, optimizer, init, gradient_sums, update, step, evaluate)
+
+
+def abstract_batch(config, model, text) -> Batch:
+    """The global batch's shapes and dtypes."""
+    d, ids = config.data, text.tokenise("")
+    shape = lambda *dims, dtype=jnp.int32: jax.ShapeDtypeStruct((d.rows, *dims), dtype)
+    N, G, f32, u32 = d.length, d.groups, jnp.float32, jnp.uint32
+    patches = Patches(
+        x_BxNxP=shape(N, model.patch_values, dtype=f32),
+        pos_BxNx3=shape(N, 3, dtype=f32),
+        seg_BxN=shape(N),
+        frame_BxN=shape(N),
+        group_BxN=shape(N),
+        prompt_BxN=shape(N),
+        uid_BxN=shape(N, dtype=u32),
+        level_BxG=shape(G, dtype=f32),
+        seg_BxG=shape(G),
+        clip_BxG=shape(G, dtype=u32),
+    )
+    return Batch(patches, shape(d.text_length, ids.shape[1], dtype=ids.dtype), shape(d.text_length))
+
+
+def drop_prompts(key, batch: Batch, share: float):
+    """drop_BxS: the tokens of the clips that train without their prompt, each drawn by its clip's name."""
+    p = batch.patches
+    coin_BxG = jax.vmap(jax.vmap(lambda uid: jax.random.uniform(jax.random.fold_in(key, uid))))(p.clip_BxG)
+    dropped_BxG = (coin_BxG < share) & (p.seg_BxG != 0)
+    return (dropped_BxG[:, None, :] & (batch.prompt_BxS[:, :, None] == p.seg_BxG[:, None, :])).any(-1)
