@@ -19,7 +19,7 @@ def get_config(form="long"):
     config.optimizer.decay, config.optimizer.ema = 0.4, 0.995
     config.steps, config.eval_every, config.sample_every = 2000, 500, 500
     if form == "quick":
-        config.steps, config.eval_every, config.sample_every = 800, 0, 0
+        config.steps, config.eval_every, config.sample_every = 680, 0, 0
         config.data.pair_share = 0.25
         config.optimizer.warmup, config.optimizer.ema = 40, 0.99
     return config

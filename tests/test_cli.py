@@ -59,11 +59,11 @@ def test_wrong_training_flags(tmp_path, flags, words):
 def test_a_config_that_cannot_run(tmp_path):
     """What only the trainer can know is one line too."""
     code, said, _ = run(
-        "train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", "--config.optimizer.accumulate=3"
+        "train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", "--config.optimizer.accumulate=4"
     )
     assert (code, said) == (
         1,
-        "ValueError: data.rows=2 do not split into optimizer.accumulate=3 parts over 1 devices.",
+        "ValueError: data.rows=2 do not split into optimizer.accumulate=4 parts over 1 devices.",
     )
 
 
