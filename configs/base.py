@@ -63,6 +63,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.level_direction = "noise"  # 'noise': level 1 is noise; 'data': the embedding sees 1 - level
     model.attention_pattern = ("all",)  # what each layer of a period attends to: 'all', 'space', 'time'
     model.pos_scale = (4.0, 0.125, 0.125)  # indices per second, per codec pixel, per codec pixel
+    model.rope_theta = 10_000.0  # longest wavelength of the rotary embedding, in indices / 2 pi
     model.pos_offset = (0.0, -0.5, -0.5)  # added to the indices (t, y, x)
     model.dtype = "float32"  # of the computation; parameters are float32
     model.remat = "dots"  # 'none', 'dots' or 'full': what the backward pass computes again

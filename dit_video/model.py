@@ -312,13 +312,18 @@ def make_model(config, channels: int, span: int | None = None, window: int | Non
         **{
             key: m[key]
             for key in "width depth heads mlp_width modulation position qk_norm text text_norm text_pool image_width "
-            "level_scale level_direction remat unroll".split()
+            "level_scale level_direction rope_theta remat unroll".split()
         },
     )
 
 
-def make_velocity(model: DiT, config):
-    """velocity(params_dit, patches, cond) -> v_BxNxP, float32: the model's only face, whatever it predicts."""
+def make_velocity(model: DiT, config, s_min: float | None = None):
+    """velocity(params_dit, patches, cond) -> v_BxNxP, float32: the model's only face, whatever it predicts.
+
+    s_min: in place of config.model.s_min, which tempers the loss; a sampler wants it below its last step, so that the
+    last step lands on the prediction.
+    """
+    s_min = config.model.s_min if s_min is None else s_min
 
     def velocity(params, patches: Patches, cond: Cond | None):
         out = model.apply({"params": params}, patches, cond).astype(jnp.float32)
@@ -327,6 +332,6 @@ def make_velocity(model: DiT, config):
             cells = int(np.prod(config.model.patch))
             out = out.reshape(*out.shape[:2], cells, -1)[..., : P // cells].reshape(*out.shape[:2], P)
         level_BxN = spread(patches.level_BxG[..., None], patches.group_BxN)[..., 0]
-        return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, config.model.s_min)
+        return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, s_min)
 
     return velocity

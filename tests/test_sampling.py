@@ -199,7 +199,7 @@ def guide(scale_BxG, levels=(0.2, 0.5, 0.9), interval=(0.0, 1.0)):
     patches = dataclasses.replace(noise_patches(), level_BxG=level_BxG)
     cond, uncond = np.random.default_rng(2).normal(size=(2, B, N)).astype(np.float32)
     scale_BxG = np.broadcast_to(np.asarray(scale_BxG, np.float32), (B, G))
-    velocity = guided(conditioned, cond, uncond, scale_BxG, interval)
+    velocity = jax.jit(guided(conditioned, cond, uncond, scale_BxG, interval))
     return (
         np.asarray(velocity(patches)),
         np.asarray(conditioned(patches, cond)),
