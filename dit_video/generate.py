@@ -128,7 +128,7 @@ def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide
     """The compiled sampler of a config; jit keeps one program per layout."""
     config = ml_collections.ConfigDict(json.loads(config_json))
     text = make_text(config.text)
-    velocity = make_velocity(make_model(config, make_codec(config.codec).channels, span=span), config, s_min=1e-3)
+    velocity = make_velocity(make_model(config, make_codec(config.codec).channels, span=span), config)
 
     @jax.jit
     def run(params, batch, level_KxBxG, scale_BxG):

@@ -259,7 +259,10 @@ def pool(text_BxSxE, prompt_BxS, seg_BxG):
 
 
 def to_velocity(out_BxNxP, z_BxNxP, level_BxN, predict: str, s_min: float = 0.05):
-    """The velocity v = e - x from what the network gives at z = (1 - s) x + s e: 'v', 'x' or 'e'."""
+    """The velocity v = e - x from what the network gives at z = (1 - s) x + s e: 'v', 'x' or 'e'.
+
+    Below s_min an output of x has its optimum at x + (s - s_min) v, not at x: a sampler must divide as training did.
+    """
     s = level_BxN[..., None]
     if predict == "x":
         return (z_BxNxP - out_BxNxP) / jnp.maximum(s, s_min)
@@ -317,13 +320,8 @@ def make_model(config, channels: int, span: int | None = None, window: int | Non
     )
 
 
-def make_velocity(model: DiT, config, s_min: float | None = None):
-    """velocity(params_dit, patches, cond) -> v_BxNxP, float32: the model's only face, whatever it predicts.
-
-    s_min: in place of config.model.s_min, which tempers the loss; a sampler wants it below its last step, so that the
-    last step lands on the prediction.
-    """
-    s_min = config.model.s_min if s_min is None else s_min
+def make_velocity(model: DiT, config):
+    """velocity(params_dit, patches, cond) -> v_BxNxP, float32: the model's only face, whatever it predicts."""
 
     def velocity(params, patches: Patches, cond: Cond | None):
         out = model.apply({"params": params}, patches, cond).astype(jnp.float32)
@@ -332,6 +330,6 @@ def make_velocity(model: DiT, config, s_min: float | None = None):
             cells = int(np.prod(config.model.patch))
             out = out.reshape(*out.shape[:2], cells, -1)[..., : P // cells].reshape(*out.shape[:2], P)
         level_BxN = spread(patches.level_BxG[..., None], patches.group_BxN)[..., 0]
-        return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, s_min)
+        return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, config.model.s_min)
 
     return velocity

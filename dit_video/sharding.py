@@ -14,7 +14,7 @@ def make_mesh(config) -> jax.sharding.Mesh:
     """The mesh of `config.mesh` over all devices. Raises ValueError where the axes do not multiply to them."""
     devices = jax.device_count()
     fsdp = config.fsdp
-    data = devices // fsdp if config.data == -1 else config.data
+    data = devices // max(fsdp, 1) if config.data == -1 else config.data
     if fsdp < 1 or data * fsdp != devices:
         raise ValueError(f"mesh.data={config.data} x mesh.fsdp={fsdp} do not make the {devices} devices there are.")
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
