@@ -52,7 +52,7 @@ class Meter:
         # Three times the forward pass; two floating-point operations per multiply-accumulate.
         flops = 6 * self._work["macs"] / (now - self._since)
         line |= {"tokens_per_second": self._work["patches"] / (now - self._since), "model_flops_per_second": flops}
-        line |= {"share_ofmatmul_peak": flops / self.peak}
+        line |= {"share_of_matmul_peak": flops / self.peak}
         self.pending, self._since, self._work = [], now, collections.Counter()
         return line
 

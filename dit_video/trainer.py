@@ -133,6 +133,7 @@ def train(config, workdir) -> State:
                 line = meter.add(step, jax.device_get(metrics), counts)
                 progress.update(step, meter.loss, counts["patches"])
                 if meter.bad_steps >= MAX_BAD_STEPS:
+                    checkpoints.wait()
                     raise FloatingPointError(
                         f"{MAX_BAD_STEPS} gradients in a row were not finite, up to step {step}. The last good state "
                         f"is checkpoint {checkpoints.latest()}; lower optimizer.lr or optimizer.clip."
