@@ -14,7 +14,8 @@ def save_weights(path, params, config, step: int) -> None:
     """Writes params {'text', 'dit'} to a .safetensors file: bfloat16, names joined by '/', the config as metadata."""
     named = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     tensors = {name: np.asarray(leaf).astype(ml_dtypes.bfloat16) for name, leaf in named.items()}
-    metadata = {"config": json.dumps(config.to_dict()), "step": str(step)}
+    # One entry: safetensors writes several in an order of the moment, and the same weights are to give the same file.
+    metadata = {"dit_video": json.dumps({"config": config.to_dict(), "step": step})}
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(serialise(tensors, metadata))
@@ -28,7 +29,7 @@ def load_weights(path):
     data = epath.Path(path).read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {})
-    if "config" not in metadata:
+    if "dit_video" not in metadata:
         raise ValueError(f"{path} carries no dit_video config: convert published weights first.")
     params = {}
     # safetensors.numpy writes bfloat16 and does not read it.
@@ -39,4 +40,5 @@ def load_weights(path):
             node = node.setdefault(parent, {})
         dtype = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}[tensor["dtype"]]
         node[leaf] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"]).astype(np.float32)
-    return params, json.loads(metadata["config"]), int(metadata["step"])
+    ours = json.loads(metadata["dit_video"])
+    return params, ours["config"], ours["step"]
