@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.predict = "x"  # what the network gives: 'x', 'v' or 'e'
     model.s_min = 0.1  # least divisor of an output of x (level) or of e (1 - level)
     model.modulation = "shared"  # 'shared' or 'block'
-    model.position = "rope"  # 'rope' or 'table'
+    model.position = "both"  # 'rope', 'table' (sin-cos, added) or 'both'
     model.qk_norm = "head"  # 'none', 'head' or 'width'
     model.text = "cross"  # 'none', 'pooled' or 'cross'
     model.text_norm = True  # LayerNorm with affine before cross-attention

@@ -11,6 +11,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+
+def matmul(x_, w_DxF):
+    """x @ w over the last axis, as one product of two matrices.
+
+    With more axes than two XLA's CPU backend copies both factors of the weight's gradient into a new layout first,
+    which costs more than the product.
+    """
+    return (x_.reshape(-1, x_.shape[-1]) @ w_DxF).reshape(*x_.shape[:-1], -1)
 
 
 def layer_norm(x_BxNxD, eps: float = 1e-6):
@@ -132,7 +142,8 @@ def _logits(q, k, q_tag, k_tag, window):
 
 
 def _attend_forward(q, k, v, q_tag, k_tag, window):
-    o, lse = _softmax_attend(q, k, v, q_tag, k_tag, window)
+    # Named, so that a checkpoint policy can keep them: a layer's backward pass then needs no second forward one.
+    o, lse = (checkpoint_name(a, "attended") for a in _softmax_attend(q, k, v, q_tag, k_tag, window))
     return (o, lse), (q, k, v, q_tag, k_tag, o, lse)
 
 

@@ -11,16 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_video.attention import attend, layer_norm, rms_norm, rope_angles, rotate, sinusoids, spread
+from dit_video.attention import attend, layer_norm, matmul, rms_norm, rope_angles, rotate, sinusoids, spread
 from dit_video.patches import Cond, Patches
 
+POSITION_FEATURES, POSITION_PERIOD = 32, 100.0  # of each axis in position='both'
 
 class DiT(nn.Module):
     """Pre-norm transformer blocks, modulated by (level, condition). Weights are stacked, [L, in, out], and scanned.
 
     modulation: 'block', Dense(SiLU(c)) in every block and in the last layer; or 'shared', one Dense(SiLU(c)) plus a
         table per block, and for the last layer a table plus c itself.
-    position: 'rope' (t, y, x) or 'table' (sin-cos over y and x, added once).
+    position: 'rope' (t, y, x); 'table' (sin-cos over y and x, added once); or 'both', rope and a projection of the
+        sinusoids of (t, y, x), added once: where a patch is then travels with what it holds, so that attention can
+        average places, which the relative angles of rope alone only compare.
     qk_norm: 'none', 'head' (RMS over a head), 'width' (RMS over all heads jointly).
     text: 'none', 'pooled' (mean of the prompt's tokens, of width D, added to the level's embedding), 'cross'
         (cross-attention by prompt; text_norm: LayerNorm with affine before it; text_pool: the mean of the prompt's
@@ -66,17 +69,21 @@ class DiT(nn.Module):
         D, dtype = self.width, self.dtype
         real_BxN = patches.seg_BxN != 0
         index_BxNx3 = patches.pos_BxNx3 * jnp.array(self.pos_scale) + jnp.array(self.pos_offset)
+        index_BxNx3 = jnp.where(real_BxN[..., None], index_BxNx3, 0)
         x_BxNxP = jnp.where(real_BxN[..., None], patches.x_BxNxP, 0).astype(dtype)
         if self.text != "none":
             text_BxSxE = jnp.where((cond.prompt_BxS != 0)[..., None], cond.text_BxSxE, 0)
 
         h_BxNxD = _dense(self, "patch", self.patch_values, D)(x_BxNxP)
+        rope = None
         if self.position == "table":
             h_BxNxD = h_BxNxD + sincos_table(index_BxNx3, D).astype(dtype)
-            rope = None
         else:
             angles = rope_angles(index_BxNx3, D // self.heads, self.rope_theta)
             rope = jnp.cos(angles), jnp.sin(angles)
+        if self.position == "both":
+            waves_BxNxW = sinusoids(index_BxNx3, POSITION_FEATURES, POSITION_PERIOD).reshape(*real_BxN.shape, -1)
+            h_BxNxD = h_BxNxD + _dense(self, "position", waves_BxNxW.shape[-1], D)(waves_BxNxW.astype(dtype))
 
         level = patches.level_BxG if self.level_direction == "noise" else 1 - patches.level_BxG
         c_BxGxD = sinusoids(level * self.level_scale, self.level_features).astype(dtype)
@@ -84,9 +91,8 @@ class DiT(nn.Module):
         c_BxGxD = _dense(self, "level_out", D, D, normal=0.02)(nn.silu(c_BxGxD))
         if self.text == "pooled":
             c_BxGxD = c_BxGxD + pool(text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
-
         if self.text_pool:
-            pooled_BxGxE = pool(cond.text_BxSxE.astype(dtype), cond.prompt_BxS, patches.seg_BxG)
+            pooled_BxGxE = pool(text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
             c_BxGxD = c_BxGxD + _dense(self, "text_pool", self.text_width, D)(pooled_BxGxE)
 
         context = {"tags": self._tags(patches), "rope": rope, "group_BxN": patches.group_BxN}
@@ -128,7 +134,11 @@ class DiT(nn.Module):
             return h, None
 
         if self.remat != "none":
-            policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+            keep = jax.checkpoint_policies
+            dots = keep.save_from_both_policies(
+                keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("attended")
+            )
+            policies = {"full": None, "dots": dots}
             layers = jax.checkpoint(layers, policy=policies[self.remat], prevent_cse=False)
         return jax.lax.scan(layers, h_BxNxD, weights, unroll=min(self.unroll, self.depth // period))[0]
 
@@ -196,7 +206,7 @@ def block_parameters(m: DiT) -> dict[str, tuple]:
 def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str):
     """One block: modulated self-attention, cross-attention, modulated feed-forward (DiT, fig. 3; Wan 2.1, fig. 10)."""
     B, N, D = h_BxNxD.shape
-    dense = lambda x, name: x @ w[name] + w[f"{name}_bias"]
+    dense = lambda x, name: matmul(x, w[name]) + w[f"{name}_bias"]
     heads = lambda x: x.reshape(B, -1, m.heads, D // m.heads)
 
     def normed(x_BxNxD, name):
@@ -241,7 +251,7 @@ def _dense(module, name, n_in, n_out, zero=False, normal=None):
     init = nn.initializers.zeros if zero else nn.initializers.xavier_uniform()
     weight = module.param(name, nn.initializers.normal(normal) if normal else init, (n_in, n_out), jnp.float32)
     bias = module.param(f"{name}_bias", nn.initializers.zeros, (n_out,), jnp.float32)
-    return lambda x: x @ weight.astype(x.dtype) + bias.astype(x.dtype)
+    return lambda x: matmul(x, weight.astype(x.dtype)) + bias.astype(x.dtype)
 
 
 def sincos_table(index_BxNx3, width: int):
@@ -283,6 +293,8 @@ def macs(m: DiT, clip_lengths, text_lengths=(), groups: int = 1) -> int:
     pairs = sum(n * n for n in clip_lengths)
     layer = 4 * N * D * D + 2 * pairs * D + 2 * N * D * m.mlp_width
     total = N * (m.patch_values + m.out_values) * D + groups * (m.level_features * D + D * D)
+    if m.position == "both":
+        total += N * 3 * POSITION_FEATURES * D
     if m.modulation == "shared":
         total += groups * 6 * D * D
     else:
@@ -297,8 +309,10 @@ def macs(m: DiT, clip_lengths, text_lengths=(), groups: int = 1) -> int:
 def make_model(config, channels: int, span: int | None = None, window: int | None = None) -> DiT:
     """The DiT of `config.model` over a codec's channels; span: the longest clip's patches, promised by the packer."""
     m = config.model
-    if m.width % m.heads or (m.position == "rope" and (m.width // m.heads) % 2):
+    if m.width % m.heads or (m.position != "table" and (m.width // m.heads) % 2):
         raise ValueError(f"model.width={m.width} does not split into model.heads={m.heads} heads of even width.")
+    if m.position not in ("rope", "table", "both"):
+        raise ValueError(f"model.position={m.position!r} is not known. Allowed: 'rope', 'table', 'both'.")
     if m.text == "pooled" and config.text.width != m.width:
         raise ValueError(f"text.width={config.text.width} must equal model.width={m.width} where text is pooled.")
     cells = int(np.prod(m.patch))

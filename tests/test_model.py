@@ -27,7 +27,7 @@ from dit_video.text.labels import LabelEncoder
 P, E, PATCH, STRIDE = 8, 10, (1, 2, 2), (8, 8)
 DEFAULT = DiT(
     P, P, width=48, depth=2, heads=2, mlp_width=96, text_width=E, level_scale=1000.0,
-    pos_scale=(4.0, 1 / 16, 1 / 16), pos_offset=(0.0, -0.5, -0.5),
+    pos_scale=(4.0, 1 / 16, 1 / 16), pos_offset=(0.0, -0.5, -0.5), position="both", text_pool=True,
 )  # fmt: skip
 # Every knob turned the other way (as in Latte), so that packing is proven for them too.
 OTHER = dataclasses.replace(

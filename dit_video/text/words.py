@@ -3,8 +3,6 @@
 B rows, S tokens per row, K bytes per token, E text width, s tokens of one prompt.
 """
 
-import functools
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +46,12 @@ class WordEncoder(nn.Module):
     def __call__(self, ids_BxSxK, prompt_BxS):
         """text_BxSxE; a prompt's embeddings do not depend on what else is in the row, nor on where it lies."""
         B, S, K = ids_BxSxK.shape
-        dense = functools.partial(nn.Dense, use_bias=False)
+        flat = lambda x: x.reshape(-1, x.shape[-1])  # as in `matmul`
+
+        def dense(width, name):
+            layer = nn.Dense(width, use_bias=False, name=name)
+            return lambda x: layer(flat(x)).reshape(*x.shape[:-1], width)
+
         bytes_BxSxKxe = nn.Embed(257, self.byte_width, embedding_init=nn.initializers.normal(1.0), name="bytes")(
             ids_BxSxK
         )
