@@ -74,6 +74,7 @@ def get_config() -> ml_collections.ConfigDict:
     flow.mean = 0.6  # logit_normal: mean of the logit; above 0 is towards noise
     flow.deviation = 1.2  # logit_normal: its deviation; mode: its scale
     flow.shift_tokens = 0.0  # levels shift by sqrt(clip's patches / this); 0 = no shift
+    flow.weight_floor = 0.0  # levels below it weigh (level / floor)^2: the error of x weighs at most 1 / floor^2
     flow.known_first = 0.1  # share of the videos that train with a clean first frame
 
     config.optimizer = optimizer = ml_collections.ConfigDict()

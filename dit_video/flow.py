@@ -73,7 +73,10 @@ def draw_levels(key, patches: Patches, config):
     several_BxG = ((seg_BxG[:, :, None] == seg_BxG[:, None, :]).sum(-1)) > 1
     known_BxG = several_BxG & (frame_BxG == 0) & (coin_BxG < config.known_first)
     level_BxG = jnp.where(known_BxG | (seg_BxG == 0), 0, level_BxG)
-    weight_BxG = jnp.where(known_BxG | (seg_BxG == 0), 0.0, 1.0)
+    # A level of 0.1 alone would weigh 100 times one of 1 in the gradient of x, and hide what is learnt there.
+    floor = max(config.weight_floor, 1e-6)
+    weight_BxG = jnp.square(jnp.minimum(level_BxG / floor, 1.0)) if config.weight_floor else jnp.ones_like(level_BxG)
+    weight_BxG = jnp.where(known_BxG | (seg_BxG == 0), 0.0, weight_BxG)
     return dataclasses.replace(patches, level_BxG=level_BxG), weight_BxG
 
 
