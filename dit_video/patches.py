@@ -189,7 +189,7 @@ def _places(shape: tuple[int, int, int], side_yx: tuple[int, int]):
     return t, pos_nx3
 
 
-def choose(sizes: Sequence[tuple[int, ...]], limits: tuple[int, ...], final: float = 0.3) -> list[int]:
+def choose(sizes: Sequence[tuple[int, ...]], limits: tuple[int, ...], final: float = 0.5) -> list[int]:
     """Which of the waiting clips, oldest first, fill one row best.
 
     sizes: (patches, text tokens, groups) of each; limits: the row's. The oldest are taken as they come until
