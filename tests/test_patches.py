@@ -158,7 +158,7 @@ def test_the_end_of_a_row_is_filled_as_well_as_any_choice_would(seed):
     chosen = choose(sizes, (limit, 99, 99))
     taken = 0
     for oldest in range(len(sizes)):
-        if taken >= 0.7 * limit or taken + sizes[oldest][0] > limit:
+        if taken >= 0.5 * limit or taken + sizes[oldest][0] > limit:
             break
         taken += sizes[oldest][0]
     assert chosen[:oldest] == list(range(oldest))
