@@ -448,7 +448,7 @@ def test_a_dropped_prompt_is_that_of_no_words(tokens, folder, tmp_path):
 
 def test_requests_are_encoded_as_they_come(folder, tmp_path):
     """A run that learned on frozen prompts has no text weights, and is sampled with words it never saw."""
-    file = frozen.fill(load_encoder(folder), [], tmp_path)
+    file = frozen.fill(load_encoder(folder, length=8), [], tmp_path)
     config = base.get_config()
     config.text.update({"kind": "frozen", "width": 12, "file": file, "encoder": str(folder), "tokens": 8})
     config.model.update({"width": 16, "depth": 1, "heads": 2, "mlp_width": 16})

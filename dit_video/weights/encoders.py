@@ -87,20 +87,23 @@ def make_tokenise(file, length: int) -> Callable[[str], np.ndarray]:
 def complete(config, captions: Iterable[str]) -> None:
     """Encodes what config.file lacks of the captions by the encoder in config.encoder (config: a run's config.text).
 
-    Raises ValueError where that is not the encoder that made config.file.
+    Prompts are cut to config.tokens, unless that is 0. Raises ValueError where another encoder made config.file, or
+    prompts were cut elsewhere.
     """
     if not lacking(config.file, captions):
         return
-    encoder, file = _loaded(config.encoder), pathlib.Path(config.file)
+    encoder, file = _loaded(config.encoder, config.tokens or 512), pathlib.Path(config.file)
     if encoder.digest[:16] != file.name:
         raise ValueError(
-            f"text.file={config.file} was not made by text.encoder={config.encoder}, whose embeddings lie in a folder "
-            f"{encoder.digest[:16]}. Give the encoder that the file was made by."
+            f"text.file={config.file} was not made by text.encoder={config.encoder} at text.tokens={config.tokens}, "
+            f"whose embeddings lie in a folder {encoder.digest[:16]}. Give the encoder that the file was made by."
         )
     fill(encoder, captions, file.parent)
 
 
-_loaded = functools.lru_cache(maxsize=1)(load_encoder)
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: str, length: int) -> Encoder:
+    return load_encoder(folder, length=length)
 
 
 def _own_tokeniser(folder: pathlib.Path) -> pathlib.Path:
