@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base
 from dit_video import generate
-from dit_video.step import make_run
+from dit_video.step import abstract_batch, make_run
 from dit_video.tasks import Request
 from dit_video.text import embeddings, frozen, make_text
 from dit_video.text.clip import CLIPText
@@ -447,13 +447,17 @@ def test_a_dropped_prompt_is_that_of_no_words(tokens, folder, tmp_path):
 
 
 def test_requests_are_encoded_as_they_come(folder, tmp_path):
-    """A run that learned on frozen prompts has no text weights, and is sampled with words it never saw."""
+    """A run that learns on frozen prompts has no text weights, and is sampled with words it never saw."""
     file = frozen.fill(load_encoder(folder, length=8), [], tmp_path)
     config = base.get_config()
     config.text.update({"kind": "frozen", "width": 12, "file": file, "encoder": str(folder), "tokens": 8})
     config.model.update({"width": 16, "depth": 1, "heads": 2, "mlp_width": 16})
     config.sample.steps = 1
-    shapes = jax.eval_shape(make_run(config).init, jax.random.key(0)).params
+    run = make_run(config)
+    state = jax.eval_shape(run.init, jax.random.key(0))
+    batch = abstract_batch(config, run.model, run.text)
+    assert jax.eval_shape(run.step, state, batch, jax.random.key(0))[0].params == state.params
+    shapes = state.params
     assert shapes["text"] == {}
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda w: rng.normal(size=w.shape).astype(np.float32) * 0.3, shapes)
