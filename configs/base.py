@@ -35,12 +35,16 @@ def get_config() -> ml_collections.ConfigDict:
     codec.channels = 0  # latents: their channels
 
     config.text = text = ml_collections.ConfigDict()
-    text.kind = "words"  # 'words' trained bytes of words, 'labels' class numbers, 'embeddings' precomputed
+    # 'words' trained bytes of words, 'labels' class numbers, 'embeddings' precomputed, with a learned null token,
+    # 'frozen' precomputed by a published encoder, nothing learned
+    text.kind = "words"
     text.width = 128  # E
     text.depth = 2  # words: layers
     text.heads = 4  # words: heads
     text.classes = 1000  # labels: classes
-    text.file = ""  # embeddings: a safetensors file
+    text.file = ""  # embeddings, frozen: a safetensors file, or a folder with one for each caption
+    text.encoder = ""  # frozen: the folder of the encoder that made text.file; encodes what a request lacks there
+    text.tokens = 0  # frozen: tokens per prompt, zeroed past its own (Wan: 512); 0 = its own alone
     text.dropout = 0.1  # share of the clips that train without their prompt
 
     config.model = model = ml_collections.ConfigDict()

@@ -24,6 +24,7 @@ from dit_video.sampling import sample as solve
 from dit_video.sharding import batch_sharding
 from dit_video.tasks import Layout, Request, animate, text_to_video
 from dit_video.text import make_text
+from dit_video.weights.encoders import complete
 from dit_video.weights.native import load_weights, save_weights
 
 __all__ = ["Trained", "load", "sample", "save_weights"]
@@ -72,6 +73,8 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     if unknown:
         raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted([*config.sample, 'row'])}.")
     how = ml_collections.ConfigDict(config.sample.to_dict() | settings)
+    if config.text.kind == "frozen" and config.text.encoder:
+        complete(config.text, [request.prompt for request in requests])
     codec, text = make_codec(config.codec), make_text(config.text)
     layout = Layout(codec, tuple(config.model.patch), text.tokenise, config.data.group_by)
     level_K = uniform_levels(how.steps, how.shift)

@@ -16,6 +16,7 @@ from dit_video.patches import Cond, Patches
 
 POSITION_FEATURES, POSITION_PERIOD = 32, 100.0  # of each axis in position='both'
 
+
 class DiT(nn.Module):
     """Pre-norm transformer blocks, modulated by (level, condition). Weights are stacked, [L, in, out], and scanned.
 

@@ -21,9 +21,35 @@ from dit_video.patches import Patches
 
 def uniform_levels(steps: int, shift: float = 1.0, start: float = 1.0) -> np.ndarray:
     """level_K from `start` down to 0 in equal steps, shifted towards noise by `shift` (Esser et al. 2024, eq. 23)."""
+    _require_steps(steps, shift)
+    return shift_level(np.linspace(start, 0, steps + 1), shift).astype(np.float32)
+
+
+def flow_match_levels(steps: int, shift: float = 3.0) -> np.ndarray:
+    """level_K of the published flow-matching Euler scheduler (Esser et al. 2024, sec. 5.3.2; diffusers' class).
+
+    Its thousand training levels, 1/1000 to 1, are shifted when it is made. Sampling takes M equally spaced levels
+    between the ends of those, shifts them once more, and ends at 0.
+    """
+    _require_steps(steps, shift)
+    level_M = shift_level(np.linspace(1, shift_level(1e-3, shift), steps), shift)
+    return np.append(level_M, 0).astype(np.float32)
+
+
+def unipc_levels(steps: int, shift: float = 5.0) -> np.ndarray:
+    """level_K of UniPC (Zhao et al. 2023) in its flow form, as published for Wan: diffusers' multistep class.
+
+    M + 1 equally spaced levels from 1 to 1/1000, the last of which gives way to 0, shifted once. The first is
+    1 - 1e-6, where the log of the signal is finite. The network is asked at whole timesteps, floor(1000 level).
+    """
+    _require_steps(steps, shift)
+    level_M = shift_level(np.linspace(1, 1e-3, steps + 1)[:-1], shift)
+    return np.append(np.minimum(level_M, 1 - 1e-6), 0).astype(np.float32)
+
+
+def _require_steps(steps: int, shift: float) -> None:
     if steps < 1 or not shift > 0:
         raise ValueError(f"steps={steps} and shift={shift}: give at least 1 step and a shift above 0.")
-    return shift_level(np.linspace(start, 0, steps + 1), shift).astype(np.float32)
 
 
 def sample(velocity_fn: Callable, patches: Patches, level_KxBxG, solver: str = "euler") -> Patches:

@@ -105,7 +105,7 @@ def make_run(config) -> Run:
 
     def init(key) -> State:
         batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
-        text_params = text.module.init(named_key(key, "text"), batch.ids_BxSxK, batch.prompt_BxS)["params"]
+        text_params = text.module.init(named_key(key, "text"), batch.ids_BxSxK, batch.prompt_BxS).get("params", {})
         text_BxSxE = text.module.apply({"params": text_params}, batch.ids_BxSxK, batch.prompt_BxS)
         dit_params = model.init(named_key(key, "dit"), batch.patches, Cond(text_BxSxE, batch.prompt_BxS))["params"]
         params = {"text": text_params, "dit": dit_params}

@@ -12,7 +12,8 @@ import pytest
 
 from dit_video.attention import spread
 from dit_video.patches import Patches
-from dit_video.sampling import guided, sample, uniform_levels
+from dit_video.sampling import flow_match_levels, guided, sample, uniform_levels, unipc_levels
+from experiments.parity import schedules
 
 B, N, P, G = 2, 12, 3, 3
 GROUP_BxN = np.array([[0] * 4 + [1] * 5 + [0] * 3, [2] * 2 + [0] * 4 + [1] * 6], np.int32)
@@ -124,8 +125,57 @@ def test_levels_fall_from_start_to_nothing():
     np.testing.assert_allclose(uniform_levels(4), [1, 0.75, 0.5, 0.25, 0], atol=1e-7)
     np.testing.assert_allclose(uniform_levels(2, 3.0), [1, 0.75, 0], atol=1e-7)  # 3 (1/2) / (1 + 2 (1/2))
     for steps, shift in ((0, 1.0), (4, 0.0), (4, np.nan)):
-        with pytest.raises(ValueError, match=f"steps={steps} and shift={shift}: give at least 1 step"):
-            uniform_levels(steps, shift)
+        for levels in (uniform_levels, flow_match_levels, unipc_levels):
+            with pytest.raises(ValueError, match=f"steps={steps} and shift={shift}: give at least 1 step"):
+                levels(steps, shift)
+
+
+def test_published_schedules_by_hand():
+    """Flow-matching Euler shifts twice, as figured by hand in thirds; UniPC once, and starts just below 1."""
+    np.testing.assert_allclose(flow_match_levels(4), [1, 0.8576923, 0.6021506, 0.0089286, 0], atol=1e-7)
+    least, most = 0.003 / 1.002, 1.0
+    middle = (least + most) / 2
+    last, between = (3 * s / (1 + 2 * s) for s in (least, middle))
+    np.testing.assert_allclose(flow_match_levels(3), [1, between, last, 0], atol=1e-7)
+    np.testing.assert_allclose(unipc_levels(3, 1.0), [1 - 1e-6, 0.667, 0.334, 0], atol=1e-7)
+    np.testing.assert_allclose(unipc_levels(3, 5.0)[1:3], [3.335 / 3.668, 1.67 / 2.336], atol=1e-7)
+    for steps in (1, 2, 50):
+        for level_K in (flow_match_levels(steps), unipc_levels(steps)):
+            assert level_K.shape == (steps + 1,) and level_K.dtype == np.float32 and level_K[-1] == 0
+            assert (np.diff(level_K) < 0).all() and level_K[0] <= 1
+
+
+@pytest.fixture
+def schedulers(shared):
+    if not (shared / "golden" / "diffusers").is_dir():
+        pytest.skip(f"no reference arrays of schedules in {shared / 'golden'}")
+    return dict(np.load(shared / "golden" / "diffusers" / "schedulers.npz"))
+
+
+def test_published_schedules_are_their_reference(schedulers, shared):
+    """Levels, and the timesteps that the network is asked at, for all shifts and numbers of steps there."""
+    found = schedules.errors(shared / "golden")
+    assert len(found) == 4 and max(found.values()) < 1e-6, found
+    assert found["unipc timesteps"] == 0
+
+
+def test_euler_on_a_published_schedule_is_its_reference(schedulers):
+    """Where it ends, on velocities that were given for each of eight steps; a clip is one patch here."""
+    x_BxP, v_MxBxP = (a.reshape(*a.shape[:-4], -1) for a in (schedulers["x_init"], schedulers["model_outputs"][:8]))
+    one, zero = np.ones((B, 1), np.int32), np.zeros((B, 1), np.int32)
+    patches = Patches(
+        x_BxP[:, None], np.zeros((B, 1, 3), np.float32), one, zero, zero, one, zero, zero.astype(np.float32), one, zero
+    )
+
+    def given(patches):
+        step = (patches.level_BxG[0, 0] < level_K - 1e-6).sum()  # how many levels lie above this one
+        return jnp.asarray(v_MxBxP)[step][:, None]
+
+    for shift in (1.0, 3.0, 5.0):
+        level_K = flow_match_levels(8, shift)
+        found = sample(given, patches, np.repeat(level_K[:, None, None], B, 1)).x_BxNxP[:, 0]
+        last = schedulers[f"flowmatch_euler/shift{shift}/n8_traj/traj"][-1].reshape(B, -1)
+        assert np.abs(found - last).max() / np.abs(last).max() < 1e-5
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "heun_full", "ab2"])

@@ -219,5 +219,7 @@ def test_tokenisers_travel_to_worker_processes(kind, file):
 
 
 def test_an_encoder_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="text.kind='t5' is not known. Allowed: 'words', 'labels', 'embeddings'"):
+    with pytest.raises(
+        ValueError, match="text.kind='t5' is not known. Allowed: 'words', 'labels', 'embeddings', 'frozen'"
+    ):
         make_text(ml_collections.ConfigDict({"kind": "t5"}))

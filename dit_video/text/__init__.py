@@ -7,7 +7,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import numpy as np
 
-from dit_video.text import embeddings, labels, words
+from dit_video.text import embeddings, frozen, labels, words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +30,7 @@ def make_text(config) -> Text:
     if config.kind == "embeddings":
         tokenise = functools.partial(embeddings.tokenise, file=config.file, width=config.width)
         return Text(tokenise, embeddings.EmbeddingReader(config.width), embeddings.drop)
-    raise ValueError(f"text.kind={config.kind!r} is not known. Allowed: 'words', 'labels', 'embeddings'.")
+    if config.kind == "frozen":
+        tokenise = functools.partial(frozen.tokenise, file=config.file, width=config.width, tokens=config.tokens)
+        return Text(tokenise, frozen.FrozenReader(), functools.partial(frozen.drop, empty_sxE=tokenise("")))
+    raise ValueError(f"text.kind={config.kind!r} is not known. Allowed: 'words', 'labels', 'embeddings', 'frozen'.")

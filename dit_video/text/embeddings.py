@@ -7,6 +7,7 @@ B rows, S tokens per row, E text width, s tokens of one prompt. On the way throu
 
 import functools
 import hashlib
+import os
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,20 +24,32 @@ _open = functools.lru_cache(maxsize=1)(safe_open)
 
 
 def tokenise(caption: str, file: str, width: int) -> np.ndarray:
-    """ids_sx(E+1) of a caption, from a safetensors file whose tensors are named by `key` and are [s-1, E].
-
-    Raises ValueError for a caption that the file does not hold, or holds with another width.
-    """
+    """ids_sx(E+1) of a caption: a null token, then the s-1 that the file holds; see `read`."""
     if not caption:
         return np.zeros((1, width + 1), np.float32)
-    opened = _open(file, "np")
+    return np.pad(np.pad(read(caption, file, width), ((0, 0), (1, 0)), constant_values=1), ((1, 0), (0, 0)))
+
+
+def read(caption: str, file: str, width: int) -> np.ndarray:
+    """embedding_sxE of a caption: the tensor named by `key` in a safetensors file.
+
+    file: one for all captions, or a folder with one for each, `key`.safetensors. Raises ValueError for a caption that
+    is not there, or is there with another width.
+    """
+    name = key(caption)
     try:
-        embedding_sxE = np.asarray(opened.get_tensor(key(caption)), np.float32)
-    except SafetensorError as error:
-        raise ValueError(f"no embedding of the caption {caption!r} (tensor {key(caption)}) in {file}.") from error
+        if os.path.isdir(file):
+            with safe_open(os.path.join(file, f"{name}.safetensors"), "np") as opened:
+                embedding_sxE = np.asarray(opened.get_tensor(name), np.float32)
+        else:
+            embedding_sxE = np.asarray(_open(file, "np").get_tensor(name), np.float32)
+    except (SafetensorError, FileNotFoundError) as error:
+        if not os.path.exists(file):
+            raise
+        raise ValueError(f"no embedding of the caption {caption!r} (tensor {name}) in {file}.") from error
     if embedding_sxE.ndim != 2 or embedding_sxE.shape[1] != width:
         raise ValueError(f"the embedding of {caption!r} is {embedding_sxE.shape}; text.width={width} was expected.")
-    return np.pad(np.pad(embedding_sxE, ((0, 0), (1, 0)), constant_values=1), ((1, 0), (0, 0)))
+    return embedding_sxE
 
 
 def drop(ids_BxSxK, prompt_BxS, drop_BxS):

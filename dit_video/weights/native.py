@@ -31,7 +31,7 @@ def load_weights(path):
     metadata = header.get("__metadata__", {})
     if "dit_video" not in metadata:
         raise ValueError(f"{path} carries no dit_video config: convert published weights first.")
-    params = {}
+    params = {"text": {}, "dit": {}}  # either may be without any of its own
     # safetensors.numpy writes bfloat16 and does not read it.
     for name, tensor in deserialize(data):
         *parents, leaf = name.split("/")

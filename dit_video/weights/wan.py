@@ -1,7 +1,8 @@
 """Weights of Wan's transformer, text and image to video, as diffusers publishes them, as our parameters, and back.
 
 D model width, H heads, K head width, C latent channels. `config` holds the fields of the published
-transformer/config.json. Wan pads its text with zeroed tokens that stay ordinary keys: lay out 512 tokens per prompt.
+transformer/config.json. Wan pads its text with zeroed tokens that stay ordinary keys: lay out 512 tokens per prompt
+(text.kind='frozen', text.tokens=512; `frozen.zero_padded`).
 """
 
 from collections.abc import Mapping
