@@ -1,4 +1,7 @@
-"""Every key of a run, with its unit. A family's file overrides a few of them and says what it costs and gives."""
+"""Every key of a run, with its unit. A family's file overrides a few of them and says what it costs and gives.
+
+A new key's default is what runs did before there was one: saved configs without it are read with that value.
+"""
 
 import ml_collections
 

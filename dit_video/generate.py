@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from configs import base
 from dit_video import checkpoint
 from dit_video.codecs import make_codec, to_uint8
 from dit_video.model import make_model, make_velocity
@@ -48,12 +49,23 @@ def load(path) -> Trained:
     path = epath.Path(path)
     if path.suffix == ".safetensors":
         params, config, step = load_weights(path)
-        return Trained(params, ml_collections.ConfigDict(config), step, str(path))
+        return Trained(params, ml_collections.ConfigDict(with_newer_keys(config)), step, str(path))
     for directory in (path / "checkpoints", path):
         if (directory / checkpoint.SUMS).exists() or _holds_checkpoints(directory):
             restored = checkpoint.load(directory, "ema")
-            return Trained(restored.state, ml_collections.ConfigDict(restored.config), restored.step, str(path))
+            config = ml_collections.ConfigDict(with_newer_keys(restored.config))
+            return Trained(restored.state, config, restored.step, str(path))
     raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file of weights.")
+
+
+def with_newer_keys(saved: dict) -> dict:
+    """A saved config with the keys that configs/base.py has gained since, at their defaults."""
+
+    def overlay(default: dict, given: dict) -> dict:
+        both = {k: overlay(v, given[k]) if isinstance(v, dict) else given[k] for k, v in default.items() if k in given}
+        return {**default, **given, **both}
+
+    return overlay(base.get_config().to_dict(), saved)
 
 
 def _holds_checkpoints(directory) -> bool:

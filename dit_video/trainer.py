@@ -296,7 +296,7 @@ def _require_same_config(saved: dict | None, config) -> None:
         jax.tree_util.keystr(k, simple=True, separator="."): v
         for k, v in jax.tree_util.tree_leaves_with_path(json.loads(json.dumps(d)))
     }
-    old, new = flat(saved), flat(config.to_dict())
+    old, new = flat(generate.with_newer_keys(saved)), flat(config.to_dict())
     changed = [
         f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
         for k in sorted({*old, *new})

@@ -50,6 +50,8 @@ def violations(module: str, source: str) -> list[str]:
         top = name.split(".")[0]
         if top == PACKAGE and part(name) != module and not LAYER[part(name)] < LAYER[module]:
             wrong.append(f"{module} imports {name}: not from a layer below")
+        elif name.startswith("configs") and module == "generate":
+            continue  # which keys there are, and what runs did before one was added
         elif top in {"", "experiments", "tests", "configs"}:
             wrong.append(f"{module} imports {name}: not the core's business")
     return wrong

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import shapes
+from configs import base, shapes
 from dit_video import generate
 from dit_video.checkpoint import Checkpoints, digest
 from dit_video.codecs import to_float
@@ -383,3 +383,15 @@ def test_a_folder_of_clips_trains(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3] and all(np.isfinite(line["loss"]) for line in lines)
     samples = list((tmp_path / "run" / "gallery" / "step_00000003").glob("*.png"))
     assert len(samples) == 3  # what it was shown: the folder's own captions and sizes
+
+
+def test_a_config_saved_before_a_key_was_added_gets_its_default():
+    """Of base.py, at any depth; what was saved stays, keys that base.py no longer has too."""
+    config = shapes.get_config().to_dict()
+    saved = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
+    del saved["keep"], saved["flow"]["weight_floor"]
+    saved["model"] |= {"width": 8, "gone": 1}
+    read = generate.with_newer_keys(saved)
+    base_config = base.get_config()
+    assert read["keep"] == base_config.keep and read["flow"]["weight_floor"] == base_config.flow.weight_floor
+    assert read["model"] == config["model"] | {"width": 8, "gone": 1} and read["data"] == config["data"]
