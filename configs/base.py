@@ -33,9 +33,12 @@ def get_config() -> ml_collections.ConfigDict:
     data.min_side = 16  # clips: pixels of the shorter side, where the aspect ratio lets it
 
     config.codec = codec = ml_collections.ConfigDict()
-    codec.kind = "pixels"  # 'pixels', a lossless rearrangement, or 'latents', given as they are
+    codec.kind = "pixels"  # 'pixels', a lossless rearrangement, 'latents', given as they are, or learned: 'kl', 'wan'
     codec.stride = (4, 1, 1)  # video frames, pixels per latent (t, y, x)
     codec.channels = 0  # latents: their channels
+    codec.weights = ""  # kl, wan: a .safetensors file of converted weights
+    codec.chunk = 1  # kl, wan: latent frames encoded and decoded at a time
+    codec.tile = 0  # kl, wan: latents on a side of a tile; 0 = whole frames. Tiles differ from the whole at their seams
 
     config.text = text = ml_collections.ConfigDict()
     # 'words' trained bytes of words, 'labels' class numbers, 'embeddings' precomputed, with a learned null token,

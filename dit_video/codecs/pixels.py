@@ -25,13 +25,7 @@ class Pixels:
         Raises ValueError unless there are 1 + st*k frames of a size that (sy, sx) divides.
         """
         st, sy, sx = self.stride
-        check_frames(video_TxYxXx3.shape[0], st)
-        for side, length, step in (("height", video_TxYxXx3.shape[1], sy), ("width", video_TxYxXx3.shape[2], sx)):
-            if length % step:
-                nearest = " or ".join(str(n * step) for n in (length // step, length // step + 1) if n)
-                raise ValueError(
-                    f"{side}={length} cannot be encoded: the codec takes multiples of {step}. Nearest: {nearest}."
-                )
+        check_size(video_TxYxXx3.shape, self.stride)
         # A pixel's three values move as one item, which numpy copies twice as fast as three.
         pixel = np.dtype((np.void, 3 * video_TxYxXx3.dtype.itemsize))
         pixels_TxYxX = np.ascontiguousarray(video_TxYxXx3).view(pixel)[..., 0]
@@ -46,6 +40,18 @@ class Pixels:
         st, sy, sx = self.stride
         video = rearrange(latents_TxYxXxC, "T Y X (st sy sx c) -> (T st) (Y sy) (X sx) c", st=st, sy=sy, sx=sx)
         return video[st - 1 :]
+
+
+def check_size(shape_TxYxXx3, stride: tuple[int, int, int]) -> None:
+    """Raises ValueError unless there are 1 + st*k frames of a size that (sy, sx) divides, naming the nearest."""
+    frames, height, width, _ = shape_TxYxXx3
+    check_frames(frames, stride[0])
+    for side, length, step in (("height", height, stride[1]), ("width", width, stride[2])):
+        if length % step:
+            nearest = " or ".join(str(n * step) for n in (length // step, length // step + 1) if n)
+            raise ValueError(
+                f"{side}={length} cannot be encoded: the codec takes multiples of {step}. Nearest: {nearest}."
+            )
 
 
 def check_frames(frames: int, stride: int) -> None:

@@ -53,6 +53,25 @@ def patch_dense(ours: str, theirs: str, channels: int, patch: Sequence[int], n_o
     return [weight, same(f"{ours}_bias", f"{theirs}.bias", (n_out,))]
 
 
+def convolution(ours: str, theirs: str, kernel: Sequence[int], n_in: int, n_out: int) -> list[Rule]:
+    """A convolution, (out, in, *kernel), as ours [*kernel, in, out]; of one pixel, as a dense layer [in, out]."""
+    window = tuple(kernel) if max(kernel) > 1 else ()
+
+    def there(w):
+        return [np.moveaxis(w, (1, 0), (-2, -1)).reshape(*window, n_in, n_out)]
+
+    def back(w):
+        return np.moveaxis(w.reshape(*kernel, n_in, n_out), (-2, -1), (1, 0))
+
+    weight = Rule(f"{theirs}.weight", (n_out, n_in, *kernel), (ours,), there, back)
+    return [weight, same(f"{ours}_bias", f"{theirs}.bias", (n_out,))]
+
+
+def affine(ours: str, theirs: str, width: int) -> list[Rule]:
+    """A norm's gain and bias."""
+    return [same(f"{ours}_gain", f"{theirs}.weight", (width,)), same(f"{ours}_bias", f"{theirs}.bias", (width,))]
+
+
 def import_weights(state: Mapping[str, np.ndarray], rules: Sequence[Rule], depth: int) -> dict:
     """Our parameters {tree: {name: float32 array}} from a published state dict.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dit_video.weights import Rule, dense, export_weights, import_weights, patch_dense, same
+from dit_video.weights import Rule, affine, dense, export_weights, import_weights, patch_dense, same
 
 
 def arguments(config: Mapping, stride: int = 8, rate: float = 4.0) -> dict:
@@ -98,11 +98,6 @@ def rules(config: Mapping) -> list[Rule]:
             same("dit/block_image_k_norm", "blocks.{}.attn2.norm_added_k.weight", (D,)),
         ]
     return out
-
-
-def affine(ours: str, theirs: str, width: int) -> list[Rule]:
-    """A LayerNorm's gain and bias."""
-    return [same(f"{ours}_gain", f"{theirs}.weight", (width,)), same(f"{ours}_bias", f"{theirs}.bias", (width,))]
 
 
 def to_ours(state: Mapping[str, np.ndarray], config: Mapping) -> dict:

@@ -1,0 +1,106 @@
+"""How far are the autoencoders' outputs from the reference implementation's?
+
+Each function takes the folder of the reference's arrays and gives {what: largest error relative to the reference's
+largest value}, in float32. B clips, T frames, C channels.
+"""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import safetensors
+
+from dit_video.codecs import kl as kl_modules
+from dit_video.codecs import wan as wan_modules
+from dit_video.codecs.autoencoder import Autoencoder, build, in_chunks, next_chunk
+from dit_video.weights import kl, wan_vae
+
+
+def sd(golden: pathlib.Path) -> dict[str, float]:
+    """Stable Diffusion's image autoencoder: the images as the frames of one clip."""
+    codec, io = read(golden, "autoencoder_kl_sd", kl, kl_modules)
+    mean, logvar = codec.moments(np.moveaxis(io["x"], 1, -1))
+    decoded = lambda z: in_chunks(codec.decoder, codec.params["decoder"], np.moveaxis(io[z], 1, -1), codec.chunk)
+    z = mean + np.exp(logvar / 2) * np.moveaxis(io["eps"], 1, -1)
+    divergence = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum((1, 2, 3))
+    latents = codec.encode(np.moveaxis(io["x"], 1, -1))
+    return {
+        "mean": error(mean, np.moveaxis(io["mean"], 1, -1)),
+        "logvar": error(logvar, np.moveaxis(io["logvar"], 1, -1)),
+        "draw": error(z, np.moveaxis(io["z"], 1, -1)),
+        "divergence": error(divergence, io["kl"]),
+        "latents": error(latents, np.moveaxis(io["mean"] * io["scaling_factor"], 1, -1)),
+        "decoded draw": error(decoded("z"), np.moveaxis(io["decoded_from_z"], 1, -1)),
+        "decoded mean": error(decoded("mean"), np.moveaxis(io["decoded_from_mean"], 1, -1)),
+    }
+
+
+def wan21(golden: pathlib.Path) -> dict[str, float]:
+    """Wan 2.1: whole, in chunks, a clip's beginning, an image, and another shape."""
+    codec, io = read(golden, "autoencoder_kl_wan", wan_vae, wan_modules)
+    video = last(io["x"])
+    z = last(io["mean"])
+    return {
+        "moments, whole": error(whole(codec, "encoder", video), last(io["moments"])),
+        "mean": error(codec.moments(video)[0], last(io["mean"])),
+        "logvar": error(codec.moments(video)[1], last(io["logvar"])),
+        "latents": error(codec.encode(video), (last(io["mean"]) - np.float32(codec.mean)) / np.float32(codec.std)),
+        "mean of the first 5 frames": error(codec.moments(video[:5])[0], last(io["mean_first5frames"])),
+        "mean of an image": error(codec.moments(last(io["image_x"]))[0], last(io["image_mean"])),
+        "decoded, whole": error(whole(codec, "decoder", z), last(io["decoded_unclamped"])),
+        "decoded": error(chunked(codec, "decoder", z), last(io["decoded_unclamped"])),
+        "decoded, clipped": error(decode(codec, z), last(io["decoded_clamped"])),
+        "decoded image": error(chunked(codec, "decoder", last(io["image_mean"])), last(io["image_decoded_unclamped"])),
+        "decoded noise": error(chunked(codec, "decoder", last(io["z_random"])), last(io["decoded_random_unclamped"])),
+    }
+
+
+def wan22(golden: pathlib.Path) -> dict[str, float]:
+    """Wan 2.2: whole and in chunks."""
+    codec, io = read(golden, "autoencoder_kl_wan22", wan_vae, wan_modules)
+    video, z = last(io["x"]), last(io["mean"])
+    # The reference's decoder gives a patch's values in the order (colour, x, y).
+    _, T, Y, X = io["decoded_unclamped_prepatch"].shape[1:]
+    unclipped = io["decoded_unclamped_prepatch"].reshape(3, 2, 2, T, Y, X).transpose(3, 4, 2, 5, 1, 0)
+    unclipped = unclipped.reshape(T, 2 * Y, 2 * X, 3)
+    return {
+        "moments, whole": error(whole(codec, "encoder", video), last(io["moments"])),
+        "mean": error(codec.moments(video)[0], z),
+        "decoded, whole": error(whole(codec, "decoder", z), unclipped),
+        "decoded": error(chunked(codec, "decoder", z), unclipped),
+        "decoded, clipped": error(decode(codec, z), last(io["decoded_clamped"])),
+    }
+
+
+def read(golden: pathlib.Path, name: str, weights, modules) -> tuple[Autoencoder, dict]:
+    """The codec of a reference's weights, and the arrays that the reference took and gave."""
+    path = pathlib.Path(golden) / "diffusers" / name
+    with safetensors.safe_open(f"{path}.safetensors", "np") as file:
+        state, config = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])
+    params = jax.device_put(weights.to_ours(state, config))
+    return build(modules, weights.settings(config), params), dict(np.load(f"{path}_io.npz"))
+
+
+def whole(codec: Autoencoder, part: str, x_TxYxXxC):
+    return next_chunk(getattr(codec, part), codec.params[part], {}, x_TxYxXxC[None])[0][0]
+
+
+def chunked(codec: Autoencoder, part: str, x_TxYxXxC):
+    return in_chunks(getattr(codec, part), codec.params[part], x_TxYxXxC, codec.chunk)
+
+
+def decode(codec: Autoencoder, z_TxYxXxC):
+    """The codec's video from latents that are not normalised."""
+    return codec.decode((z_TxYxXxC - np.float32(codec.mean)) / np.float32(codec.std))
+
+
+def last(array_1xCxTxYxX) -> np.ndarray:
+    """One clip, channels last."""
+    return np.moveaxis(array_1xCxTxYxX[0], 0, -1)
+
+
+def error(ours, theirs) -> float:
+    """The largest difference, relative to the reference's largest value."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
