@@ -84,7 +84,7 @@ def halve_time(m, name, x_BxTxYxXxC):
 
 
 def double_time(m, name, x_BxTxYxXxC):
-    """1 + k frames -> 1 + 2k: frame 0 passes; each other becomes two, by a causal convolution that frame 0 is not in."""
+    """1 + k frames -> 1 + 2k: frame 0 passes, and each after it becomes two by a causal convolution without frame 0."""
     C = x_BxTxYxXxC.shape[-1]
     weight_bias = weights(m, name, 3, 1, 1, C, 2 * C)
     starts = int(m.get_variable("cache", name) is None)

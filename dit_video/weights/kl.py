@@ -90,7 +90,7 @@ def _residual(ours: str, theirs: str, n_in: int, n_out: int) -> list[Rule]:
 
 
 def to_ours(state: Mapping[str, np.ndarray], config: Mapping) -> dict:
-    """{'encoder', 'decoder': their parameters} from the published state dict, of old names or new; see `import_weights`."""
+    """{'encoder', 'decoder': parameters} from the published state dict, of old names or new; see `import_weights`."""
     return import_weights({_renamed(name): w for name, w in state.items()}, rules(config), 0)
 
 
