@@ -172,7 +172,7 @@ def test_average_and_repeat_number_a_block_s_values_channel_first():
 
 def tiny(carried: bool):
     """A codec of two levels, random parameters, 1 + 2k frames, without a reference."""
-    fields = {"channels": 3, "widths": (4, 8), "depth": 1, "in_time": (True,), "patch": 2, "carried": carried}
+    fields = {"channels": 3, "widths": (4, 4), "depth": 1, "in_time": (True,), "patch": 2, "carried": carried}
     settings = {"encoder": fields, "decoder": fields, "mean": (0.1, 0.2, -0.3), "std": (1.0, 2.0, 0.5)}
     modules, drawn, params = (wan.Encoder(**fields), wan.Decoder(**fields)), np.random.default_rng(0), {}
     for part, m, shape in zip(("encoder", "decoder"), modules, ((1, 1, 8, 8, 3), (1, 1, 2, 2, 3))):
@@ -285,19 +285,18 @@ def parity():
 
 @pytest.mark.parametrize("model", ["sd", "wan21", "wan22"])
 def test_outputs_are_the_reference_s(golden, parity, model):
-    """Whole and in chunks, clips and images: within 1e-5 of the largest value."""
+    """Clips in chunks and whole, images: within 1e-5 of the largest value."""
     errors = parity[model](golden)
     assert max(errors.values()) < 1e-5, errors
 
 
 def test_tiles_of_a_reference_s_weights_stay_close(golden, parity):
-    """With random weights and small tiles: far from equal, but bounded; and equal where a tile covers all."""
+    """With random weights and small tiles: far from equal, but bounded."""
     codec, io = parity["read"](golden, "autoencoder_kl_wan", wan_vae, wan)
     z = parity["last"](io["z_random"])
     whole = parity["last"](io["decoded_random_clamped"])
-    tiled = lambda tile: dataclasses.replace(codec, tile=tile).decode((z - codec.mean) / codec.std)
-    assert 1e-3 < np.sqrt(np.mean((tiled(4) - whole) ** 2)) / whole.std() < 0.5
-    np.testing.assert_allclose(tiled(6), whole, atol=1e-5)
+    tiled = dataclasses.replace(codec, tile=4).decode((z - codec.mean) / codec.std)
+    assert 1e-3 < np.sqrt(np.mean((tiled - whole) ** 2)) / whole.std() < 0.5
 
 
 # Weights
