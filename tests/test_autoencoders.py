@@ -339,6 +339,18 @@ def test_older_names_of_attention_are_read(golden):
     jax.tree.map(np.testing.assert_array_equal, kl.to_ours(renamed, config), kl.to_ours(state, config))
 
 
+def test_published_sizes_have_the_published_numbers_of_parameters():
+    """84 million in Stable Diffusion's, 127 in Wan 2.1's, 705 in Wan 2.2's."""
+    millions = lambda rules: round(sum(int(np.prod(rule.shape)) for rule in rules) / 1e6)
+    widths = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+    assert millions(kl.rules({**widths, "latent_channels": 4, "norm_num_groups": 32})) == 84
+    levels = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+    config = {**levels, "base_dim": 96, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    assert millions(wan_vae.rules(config)) == 127
+    config = {**config, "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "patch_size": 2, "is_residual": True}
+    assert millions(wan_vae.rules(config)) == 705
+
+
 def test_a_configuration_that_the_codec_does_not_know_is_refused():
     sd = {"block_out_channels": [8], "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
     with pytest.raises(ValueError, match="use_quant_conv=False cannot be imported. Allowed: True"):

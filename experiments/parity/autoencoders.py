@@ -4,6 +4,7 @@ Each function takes the folder of the reference's arrays and gives {what: larges
 largest value}, in float32. B clips, T frames, C channels.
 """
 
+import dataclasses
 import json
 import pathlib
 
@@ -70,6 +71,27 @@ def wan22(golden: pathlib.Path) -> dict[str, float]:
         "decoded": error(chunked(codec, "decoder", z), unclipped),
         "decoded, clipped": error(decode(codec, z), last(io["decoded_clamped"])),
     }
+
+
+def tiled(golden: pathlib.Path) -> dict[str, float]:
+    """Not parity: the rms error that tiles of 8 latents bring to 16 x 16, relative to the output's deviation.
+
+    With the reference's random weights, drawn latents and blocks of drawn colours, one frame; minutes.
+    """
+    out, drawn = {}, np.random.default_rng(0)
+    for name, weights, modules in (
+        ("autoencoder_kl_sd", kl, kl_modules),
+        ("autoencoder_kl_wan", wan_vae, wan_modules),
+        ("autoencoder_kl_wan22", wan_vae, wan_modules),
+    ):
+        codec, _ = read(golden, name, weights, modules)
+        tiles, s = dataclasses.replace(codec, tile=8), codec.stride[1]
+        latents = drawn.normal(size=(1, 16, 16, codec.channels)).astype(np.float32)
+        video = np.tanh(drawn.normal(size=(1, 16, 16, 3))).repeat(s, 1).repeat(s, 2).astype(np.float32)
+        for what, x in (("decode", latents), ("encode", video)):
+            whole, parts = getattr(codec, what)(x), getattr(tiles, what)(x)
+            out[f"{name} {what}"] = float(np.sqrt(np.mean((parts - whole) ** 2)) / whole.std())
+    return out
 
 
 def read(golden: pathlib.Path, name: str, weights, modules) -> tuple[Autoencoder, dict]:
