@@ -234,14 +234,19 @@ def test_no_frame_reaches_back_in_time(small):
 
 
 def test_a_draw_has_the_distribution_s_mean_and_deviation(small):
-    """And is the key's."""
+    """In every channel, and is the key's; deviations are moved away from 1."""
+    encoder = dict(small.params["encoder"])
+    encoder["moments_bias"] = encoder["moments_bias"] + jnp.float32([0, 0, 0, 2, -3, -50])
+    codec = dataclasses.replace(small, params={"encoder": encoder})
     video = np.tanh(draw(1, 128, 128, 3)).astype(np.float32)
-    mean, logvar = small.moments(video)
-    drawn = small.encode(video, jax.random.key(3))
-    noise = (drawn * np.float32(small.std) + np.float32(small.mean) - mean) / np.exp(logvar / 2)
-    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    np.testing.assert_array_equal(drawn, small.encode(video, jax.random.key(3)))
-    np.testing.assert_allclose(small.encode(video), (mean - np.float32(small.mean)) / np.float32(small.std))
+    mean, logvar = codec.moments(video)
+    assert logvar.min() == -30  # the reference's limit
+    drawn = codec.encode(video, jax.random.key(3))
+    noise = (drawn * np.float32(codec.std) + np.float32(codec.mean) - mean) / np.exp(logvar / 2)
+    noise = noise[..., :2]  # the last channel's deviation is below float32's steps
+    assert np.abs(noise.mean((0, 1, 2))).max() < 0.1 and np.abs(noise.std((0, 1, 2)) - 1).max() < 0.1
+    np.testing.assert_array_equal(drawn, codec.encode(video, jax.random.key(3)))
+    np.testing.assert_allclose(codec.encode(video), (mean - np.float32(codec.mean)) / np.float32(codec.std))
 
 
 # Tiles
