@@ -5,9 +5,6 @@ B clips, T x Y x X their grid, C channels.
 
 import dataclasses
 import functools
-import json
-import pathlib
-import runpy
 from typing import Any
 
 import flax.linen as nn
@@ -16,14 +13,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 
 from dit_video.codecs import autoencoder, layers, make_codec, wan
 from dit_video.codecs import kl as kl_modules
 from dit_video.codecs.autoencoder import build, in_chunks, in_tiles, next_chunk
 from dit_video.weights import kl, wan_vae
+from experiments.parity import autoencoders as parity
+from experiments.parity.arrays import load
 
-PARITY = pathlib.Path(__file__).parent.parent / "experiments" / "parity" / "autoencoders.py"
 PUBLISHED = {
     "autoencoder_kl_sd": (kl, kl_modules),
     "autoencoder_kl_wan": (wan_vae, wan),
@@ -283,23 +281,18 @@ def golden(shared):
     return path
 
 
-@pytest.fixture(scope="module")
-def parity():
-    return runpy.run_path(str(PARITY))
-
-
 @pytest.mark.parametrize("model", ["sd", "wan21", "wan22"])
-def test_outputs_are_the_reference_s(golden, parity, model):
+def test_outputs_are_the_reference_s(golden, model):
     """Clips in chunks and whole, images: within 1e-5 of the largest value."""
-    errors = parity[model](golden)
+    errors = getattr(parity, f"{model}_errors")(golden)
     assert max(errors.values()) < 1e-5, errors
 
 
-def test_tiles_of_a_reference_s_weights_stay_close(golden, parity):
+def test_tiles_of_a_reference_s_weights_stay_close(golden):
     """With random weights and small tiles: far from equal, but bounded."""
-    codec, io = parity["read"](golden, "autoencoder_kl_wan", wan_vae, wan)
-    z = parity["last"](io["z_random"])
-    whole = parity["last"](io["decoded_random_clamped"])
+    codec, io = parity.read(golden, "autoencoder_kl_wan", wan_vae, wan)
+    z = parity.last(io["z_random"])
+    whole = parity.last(io["decoded_random_clamped"])
     tiled = dataclasses.replace(codec, tile=4).decode((z - codec.mean) / codec.std)
     assert 1e-3 < np.sqrt(np.mean((tiled - whole) ** 2)) / whole.std() < 0.5
 
@@ -307,15 +300,10 @@ def test_tiles_of_a_reference_s_weights_stay_close(golden, parity):
 # Weights
 
 
-def read(golden, name):
-    with safetensors.safe_open(golden / "diffusers" / f"{name}.safetensors", "np") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_weights_there_and_back(golden, name):
     """Export is the inverse of import, and import gives every parameter that the modules have."""
-    (weights, modules), (state, config) = PUBLISHED[name], read(golden, name)
+    (weights, modules), (state, config, _) = PUBLISHED[name], load(golden, f"diffusers/{name}")
     params = weights.to_ours(state, config)
     again = weights.to_theirs(params, config)
     assert again.keys() == state.keys()
@@ -330,7 +318,7 @@ def test_weights_there_and_back(golden, name):
 
 
 def test_older_names_of_attention_are_read(golden):
-    state, config = read(golden, "autoencoder_kl_sd")
+    state, config, _ = load(golden, "diffusers/autoencoder_kl_sd")
     new = ("attentions.0.to_q.", "attentions.0.to_k.", "attentions.0.to_v.", "attentions.0.to_out.0.")
     old = dict(zip(new, ("query", "key", "value", "proj_attn")))
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dit_video.weights import Rule, dense, export_weights, import_weights, same
-from dit_video.weights.wan import affine
+from dit_video.weights import Rule, affine, dense, export_weights, import_weights, same
 
 # What a file may hold beside the text model: the image half, and a fixed count of positions.
 OTHERS = ("vision_model.", "visual_projection.", "logit_scale", "text_model.embeddings.position_ids")

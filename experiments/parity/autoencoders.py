@@ -1,26 +1,27 @@
-"""How far are the autoencoders' outputs from the reference implementation's?
+"""How far the autoencoders are from their reference: the largest error of each output, relative to its largest value.
 
-Each function takes the folder of the reference's arrays and gives {what: largest error relative to the reference's
-largest value}, in float32. B clips, T frames, C channels.
+python -m experiments.parity.autoencoders GOLDEN_DIR
+
+T x Y x X a clip's grid, C channels.
 """
 
 import dataclasses
 import json
-import pathlib
+import sys
 
 import jax
 import numpy as np
-import safetensors
 
 from dit_video.codecs import kl as kl_modules
 from dit_video.codecs import wan as wan_modules
 from dit_video.codecs.autoencoder import Autoencoder, build, in_chunks, next_chunk
 from dit_video.weights import kl, wan_vae
+from experiments.parity.arrays import error, load
 
 
-def sd(golden: pathlib.Path) -> dict[str, float]:
+def sd_errors(golden_dir) -> dict[str, float]:
     """Stable Diffusion's image autoencoder: the images as the frames of one clip."""
-    codec, io = read(golden, "autoencoder_kl_sd", kl, kl_modules)
+    codec, io = read(golden_dir, "autoencoder_kl_sd", kl, kl_modules)
     mean, logvar = codec.moments(np.moveaxis(io["x"], 1, -1))
     decoded = lambda z: in_chunks(codec.decoder, codec.params["decoder"], np.moveaxis(io[z], 1, -1), codec.chunk)
     z = mean + np.exp(logvar / 2) * np.moveaxis(io["eps"], 1, -1)
@@ -37,9 +38,9 @@ def sd(golden: pathlib.Path) -> dict[str, float]:
     }
 
 
-def wan21(golden: pathlib.Path) -> dict[str, float]:
+def wan21_errors(golden_dir) -> dict[str, float]:
     """Wan 2.1: whole, in chunks, a clip's beginning, an image, and another shape."""
-    codec, io = read(golden, "autoencoder_kl_wan", wan_vae, wan_modules)
+    codec, io = read(golden_dir, "autoencoder_kl_wan", wan_vae, wan_modules)
     video, z = last(io["x"]), last(io["mean"])
     mean, logvar = codec.moments(video)
     return {
@@ -58,9 +59,9 @@ def wan21(golden: pathlib.Path) -> dict[str, float]:
     }
 
 
-def wan22(golden: pathlib.Path) -> dict[str, float]:
+def wan22_errors(golden_dir) -> dict[str, float]:
     """Wan 2.2, in chunks."""
-    codec, io = read(golden, "autoencoder_kl_wan22", wan_vae, wan_modules)
+    codec, io = read(golden_dir, "autoencoder_kl_wan22", wan_vae, wan_modules)
     video, z = last(io["x"]), last(io["mean"])
     # The reference's decoder gives a patch's values in the order (colour, x, y).
     _, T, Y, X = io["decoded_unclamped_prepatch"].shape[1:]
@@ -73,7 +74,7 @@ def wan22(golden: pathlib.Path) -> dict[str, float]:
     }
 
 
-def tiled(golden: pathlib.Path) -> dict[str, float]:
+def tiled(golden_dir) -> dict[str, float]:
     """Not parity: the rms error that tiles of 8 latents bring to 16 x 16, relative to the output's deviation.
 
     With the reference's random weights, drawn latents and blocks of drawn colours, one frame; minutes.
@@ -84,7 +85,7 @@ def tiled(golden: pathlib.Path) -> dict[str, float]:
         ("autoencoder_kl_wan", wan_vae, wan_modules),
         ("autoencoder_kl_wan22", wan_vae, wan_modules),
     ):
-        codec, _ = read(golden, name, weights, modules)
+        codec, _ = read(golden_dir, name, weights, modules)
         tiles, s = dataclasses.replace(codec, tile=8), codec.stride[1]
         latents = drawn.normal(size=(1, 16, 16, codec.channels)).astype(np.float32)
         video = np.tanh(drawn.normal(size=(1, 16, 16, 3))).repeat(s, 1).repeat(s, 2).astype(np.float32)
@@ -94,13 +95,10 @@ def tiled(golden: pathlib.Path) -> dict[str, float]:
     return out
 
 
-def read(golden: pathlib.Path, name: str, weights, modules) -> tuple[Autoencoder, dict]:
+def read(golden_dir, name: str, weights, modules) -> tuple[Autoencoder, dict]:
     """The codec of a reference's weights, and the arrays that the reference took and gave."""
-    path = pathlib.Path(golden) / "diffusers" / name
-    with safetensors.safe_open(f"{path}.safetensors", "np") as file:
-        state, config = {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])
-    params = jax.device_put(weights.to_ours(state, config))
-    return build(modules, weights.settings(config), params), dict(np.load(f"{path}_io.npz"))
+    state, config, io = load(golden_dir, f"diffusers/{name}")
+    return build(modules, weights.settings(config), jax.device_put(weights.to_ours(state, config))), io
 
 
 def whole(codec: Autoencoder, part: str, x_TxYxXxC):
@@ -121,7 +119,11 @@ def last(array_1xCxTxYxX) -> np.ndarray:
     return np.moveaxis(array_1xCxTxYxX[0], 0, -1)
 
 
-def error(ours, theirs) -> float:
-    """The largest difference, relative to the reference's largest value."""
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
+def errors(golden_dir) -> dict[str, float]:
+    """All of them, each under its model's name."""
+    models = {"sd": sd_errors, "wan 2.1": wan21_errors, "wan 2.2": wan22_errors}
+    return {f"{name} {what}": e for name, of in models.items() for what, e in of(golden_dir).items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(errors(sys.argv[1]), indent=1))
