@@ -106,7 +106,7 @@ def test_clips_of_more_tokens_are_shifted_further():
     """By sqrt(patches / shift_tokens), so that at equal draws the level rises with the number of patches."""
     batch, places = lay(ROWS)
     plain, shifted = (
-        np.asarray(draw_levels(KEY, batch.patches, known_first=0.0, shift_tokens=tokens)[0].level_BxG)
+        np.asarray(draw_levels(KEY, batch.patches, mixture={"first": 0.0}, shift_tokens=tokens)[0].level_BxG)
         for tokens in (0.0, 4.0)
     )
     rise = {}
@@ -121,7 +121,7 @@ def test_clips_of_more_tokens_are_shifted_further():
 @jax.jit
 def draw(key, batch):
     """What training draws: patches with levels, weight_BxG, noise_BxNxP, drop_BxS."""
-    patches, weight_BxG = draw_levels(key, batch.patches, known_first=0.5, shift_tokens=8.0)
+    patches, weight_BxG = draw_levels(key, batch.patches, mixture={"first": 0.5}, shift_tokens=8.0)
     return patches, weight_BxG, flow.patch_noise(key, patches.uid_BxN, P), drop_prompts(key, batch, 0.5)
 
 
@@ -183,8 +183,8 @@ def test_streams_are_told_apart_by_name():
 def test_known_first_frames_are_clean_and_weigh_nothing():
     """Of clips of more than one frame; all other groups keep their level and their weight."""
     batch, places = lay(ROWS)
-    known, weight_BxG = draw_levels(KEY, batch.patches, known_first=1.0)
-    plain, ones_BxG = draw_levels(KEY, batch.patches, known_first=0.0)
+    known, weight_BxG = draw_levels(KEY, batch.patches, mixture={"first": 1.0})
+    plain, ones_BxG = draw_levels(KEY, batch.patches, mixture={"first": 0.0})
     seg_BxG = batch.patches.seg_BxG
     first_BxG = np.zeros(seg_BxG.shape, bool)
     for clip, b, seg in places:
@@ -204,7 +204,7 @@ def test_known_first_frames_come_as_often_as_asked():
         for clip in range(1000)
     ]
     rows = [pieces[i : i + 50] for i in range(0, 1000, 50)]
-    patches, weight_BxG = draw_levels(KEY, pack(rows, 100, 100, 50)[0].patches, known_first=0.3)
+    patches, weight_BxG = draw_levels(KEY, pack(rows, 100, 100, 50)[0].patches, mixture={"first": 0.3})
     known = np.asarray(weight_BxG).reshape(-1, 2)[:, 0] == 0
     assert abs(known.mean() - 0.3) < 0.05
     assert abs(np.corrcoef(known, np.asarray(patches.level_BxG).reshape(-1, 2)[:, 1])[0, 1]) < 0.1
