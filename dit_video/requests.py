@@ -67,7 +67,7 @@ def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
     needed, more = FIELDS[task]
     for name in needed:
         if not fields.get(name):
-            raise ValueError(f"task={task} needs a {name}: give --{name}.")
+            raise ValueError(f"task={task} needs {name}: give --{name}.")
     for name in fields:
         if name not in (*ALWAYS, *needed, *more):
             others = [other for other, names in FIELDS.items() if name in names[0] + names[1]]

@@ -227,13 +227,14 @@ def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """
     _check_levels("interpolating", layout)
     (video_FxYxXx3,) = _videos(request, layout, 1)
-    F, factor = len(video_FxYxXx3), Fraction(request.factor).limit_denominator(MOST_PARTS)
-    p, q = factor.numerator, factor.denominator
-    if not 0 < p <= MOST_PARTS or abs(p / q - request.factor) > 2e-3 * request.factor:
+    F = len(video_FxYxXx3)
+    parts = range(1, MOST_PARTS + 1)
+    factor = min({Fraction(p, q) for p in parts for q in parts}, key=lambda rate: abs(rate - request.factor))
+    if not abs(factor - request.factor) <= 2e-3 * request.factor:
         raise ValueError(
-            f"factor={request.factor:g} is no fraction p/q with p and q up to {MOST_PARTS}. "
-            f"Nearest: {min(max(p, 1), MOST_PARTS)}/{q}."
+            f"factor={request.factor:g} is no fraction p/q with p and q up to {MOST_PARTS}. Nearest: {factor}."
         )
+    p, q = factor.numerator, factor.denominator
     if F < 2 or not 0 < request.strength <= 1:
         raise ValueError(
             f"the video has {F} frames and strength={request.strength}: interpolating needs 2 frames at least, "
