@@ -136,5 +136,6 @@ def get_config() -> ml_collections.ConfigDict:
     sample.shift = 1.0  # of the levels, towards noise
     sample.guidance = 3.0  # scale; 1 = none
     sample.interval = (0.0, 1.0)  # levels where guidance acts
+    sample.history = 1.0  # guidance scale of what is known; 1 = none, any other doubles the cost
     sample.prompts = ()  # of the run's gallery, 'WxHxT@FPS: text'; empty = the data's own
     return config

@@ -19,9 +19,10 @@ from etils import epath
 from configs import base
 from dit_video import checkpoint
 from dit_video.codecs import make_codec, to_uint8
+from dit_video.flow import patch_noise
 from dit_video.model import make_model, make_velocity
 from dit_video.patches import Cond, choose, pack, unpack
-from dit_video.sampling import guided, uniform_levels
+from dit_video.sampling import guided, recalled, uniform_levels
 from dit_video.sampling import sample as integrate
 from dit_video.sharding import batch_sharding
 from dit_video.tasks import (
@@ -92,15 +93,16 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     """The requests' videos, each uint8 TxYxXx3, sampled packed in shared batches, whatever their tasks.
 
     trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance,
-    interval) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone or packed
-    with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be laid out.
+    interval, history) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone
+    or packed with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be laid out.
     """
     trained = trained if isinstance(trained, Trained) else load(trained)
     config = trained.config
-    unknown = set(settings) - {*config.sample, "row"}
+    defaults = {"row": config.data.length} | config.sample.to_dict()
+    unknown = set(settings) - set(defaults)
     if unknown:
-        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted([*config.sample, 'row'])}.")
-    how = ml_collections.ConfigDict(config.sample.to_dict() | {"row": config.data.length} | settings)
+        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
+    how = ml_collections.ConfigDict(defaults | settings)
     if config.text.kind == "frozen" and config.text.encoder:
         complete(config.text, [text for request in requests for text in prompts_of(request)])
     text = make_text(config.text)
@@ -175,7 +177,8 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
             scale_BxG[b, mine_G] = scales[i]
             grids[i] = dataclasses.replace(tasks[i].grid, row=b, offset=places[b][seg - 1][1])
 
-    run = _sampler(config.to_json(), how.solver, tuple(how.interval), bool((scale_BxG != 1).any()), largest)
+    guide = bool((scale_BxG != 1).any())
+    run = _sampler(config.to_json(), how.solver, tuple(how.interval), guide, float(how.history), largest)
     put = lambda a, axis=0: a if mesh is None else jax.device_put(a, batch_sharding(mesh, axis))
     everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = jax.device_put(trained.params, everywhere)
@@ -198,7 +201,7 @@ def _rows(tasks, length: int) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide: bool, span: int):
+def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide: bool, history: float, span: int):
     """The compiled sampler of a config; jit keeps one program per layout."""
     config = ml_collections.ConfigDict(json.loads(config_json))
     text = make_text(config.text)
@@ -215,6 +218,10 @@ def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide
         velocity_fn = functools.partial(conditioned, cond=cond)
         if guide:
             velocity_fn = guided(conditioned, cond, encode(True), scale_BxG, interval)
+        if history != 1:
+            known_BxG = (level_KxBxG == 0).all(0) & (batch.patches.seg_BxG != 0)
+            noise_BxNxP = patch_noise(jax.random.key(0), batch.patches.uid_BxN, batch.patches.x_BxNxP.shape[-1])
+            velocity_fn = recalled(velocity_fn, known_BxG, noise_BxNxP, history)
         return integrate(velocity_fn, batch.patches, level_KxBxG, solver).x_BxNxP
 
     return run

@@ -36,6 +36,7 @@ WINDOW = flags.DEFINE_integer("window", None, "rollout: frames laid out at once,
 NUM = flags.DEFINE_integer("num", 1, "Samples of each, with seeds seed, seed + 1, ...", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; by default the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; by default the config's. 1 = none.")
+HISTORY = flags.DEFINE_float("history", None, "Guidance scale of what is known. 1 = none, the default.")
 SOLVER = flags.DEFINE_enum("solver", None, ["euler", "heun", "heun_full", "ab2"], "By default the config's.")
 SAVE = flags.DEFINE_enum("save", "all", ["all", "png"], "png: every frame as a lossless PNG too.")
 OUT = flags.DEFINE_string("out", "samples", "The folder to write to.")
@@ -106,7 +107,8 @@ def main(argv):
         (_, sy, sx), (_, py, px) = make_codec(config.codec).stride, config.model.patch
         wanted = asked((sy * py, sx * px))
         given = {"steps": STEPS.value, "guidance": GUIDANCE.value, "solver": SOLVER.value}
-        how = {k: config.sample[k] for k in given} | {k: v for k, v in given.items() if v is not None}
+        how = {k: config.sample[k] for k in given} | {"history": 1.0}
+        how |= {k: v for k, v in (given | {"history": HISTORY.value}).items() if v is not None}
         videos = generate.sample([one.request for one in wanted], trained, **how)
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -498,6 +498,13 @@ def test_a_prompt_alone_is_looped(trained, answers):
     assert answers["rollout"].shape == (22, 16, 24, 3) and answers["rollout"].std((1, 2, 3)).min() > 10
 
 
+def test_guidance_by_what_is_known_leaves_it_as_it_is(trained, answers):
+    """And moves what is made beside it."""
+    (found,) = generate.sample([ALL_TASKS["forward"]], trained, history=3.0)
+    moved = np.abs(made_by("forward", found).astype(int) - made_by("forward", answers["forward"]))
+    assert moved.max() > 20
+
+
 def test_a_timeline_of_one_prompt_is_that_prompt(trained, answers):
     """And a change of what comes later changes what comes later most."""
     at = lambda *prompts: Request("", 24, 16, 9, task="timeline", timeline=tuple(zip((0.0, 0.5), prompts)))
