@@ -87,23 +87,28 @@ def draw_levels(key, patches: Patches, config):
     count_BxG = same_BxGxG.sum(-1)  # latent frames of the clip
     kind_BxG = jnp.searchsorted(jnp.cumsum(jnp.array(shares)), coin_BxG, side="right")
     kind_BxG = jnp.where(count_BxG > 1, kind_BxG, len(KINDS))
-    level_BxG = jnp.where(kind_BxG == KINDS.index("forcing"), own_BxG, level_BxG)
+    if config.mixture.forcing:
+        level_BxG = jnp.where(kind_BxG == KINDS.index("forcing"), own_BxG, level_BxG)
     if config.shift_tokens:
         same_BxGxN = seg_BxG[:, :, None] == patches.seg_BxN[:, None, :]
         level_BxG = shift_level(level_BxG, jnp.sqrt(same_BxGxN.sum(-1) / config.shift_tokens))
     if config.mixture.box:
         patches = _cut_boxes(patches, kind_BxG == KINDS.index("box"), jnp.argmax(same_BxGxG, -1), count_BxG, u_BxGxj)
-    known_BxG = _known_frames(kind_BxG, frame_BxG, count_BxG, u_BxGxj) | (seg_BxG == 0)
-    light_BxG = jnp.where(kind_BxG == KINDS.index("light"), config.light * u_BxGxj[..., 8], 0)
-    level_BxG = jnp.where(known_BxG, light_BxG, level_BxG)
+    # Of kinds without a share nothing is traced: what would be drawn for them costs nothing.
+    drawn = [i for i, share in enumerate(shares) if share]
+    known_BxG = _known_frames(drawn, kind_BxG, frame_BxG, count_BxG, u_BxGxj) | (seg_BxG == 0)
+    least_BxG = jnp.zeros_like(level_BxG)
+    if config.mixture.light:
+        least_BxG = jnp.where(kind_BxG == KINDS.index("light"), config.light * u_BxGxj[..., 8], 0)
+    level_BxG = jnp.where(known_BxG, least_BxG, level_BxG)
     # A level of 0.1 alone would weigh 100 times one of 1 in the gradient of x, and hide what is learnt there.
     floor = max(config.weight_floor, 1e-6)
     weight_BxG = jnp.square(jnp.minimum(level_BxG / floor, 1.0)) if config.weight_floor else jnp.ones_like(level_BxG)
     return dataclasses.replace(patches, level_BxG=level_BxG), jnp.where(known_BxG, 0.0, weight_BxG)
 
 
-def _known_frames(kind_BxG, frame_BxG, count_BxG, u_BxGxj):
-    """known_BxG: which groups each clip's kind of KINDS leaves known; at least one of its frames never is."""
+def _known_frames(drawn, kind_BxG, frame_BxG, count_BxG, u_BxGxj):
+    """known_BxG: which groups each clip's kind, of those `drawn`, leaves known; at least one frame never is."""
     f, T, (u, v, w) = frame_BxG, count_BxG, jnp.moveaxis(u_BxGxj[..., :3], -1, 0)
     whole = lambda share, most: jnp.minimum((share * most).astype(jnp.int32), most - 1)  # 0 ... most - 1
     k = 1 + whole(u, T - 1)
@@ -119,7 +124,10 @@ def _known_frames(kind_BxG, frame_BxG, count_BxG, u_BxGxj):
         "box": f == 0,  # its first group, where its known patches are
         "forcing": jnp.zeros(f.shape, bool),
     }
-    return sum(known[kind] & (kind_BxG == i) for i, kind in enumerate(KINDS)).astype(bool)
+    found_BxG = jnp.zeros(f.shape, bool)
+    for i in drawn:
+        found_BxG |= known[KINDS[i]] & (kind_BxG == i)
+    return found_BxG
 
 
 def _cut_boxes(patches: Patches, box_BxG, first_BxG, count_BxG, u_BxGxj):

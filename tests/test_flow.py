@@ -224,12 +224,32 @@ def many():
     return pack([pieces[i : i + 20] for i in range(0, MANY, 20)], 2400, 100, 20)[0]
 
 
-def mixed(batch, **shares):
-    """level and weight of each patch, n x T x Y x X for each clip, with these shares and no others."""
-    nothing = dict.fromkeys(flow.KINDS, 0.0)
-    patches, weight_BxG = draw_levels(KEY, batch.patches, mixture=nothing | shares)
-    find = lambda value_BxG: np.asarray(flow.per_patch(value_BxG, patches)).reshape(-1, 5, 4, 6)
-    return find(patches.level_BxG), find(weight_BxG), patches
+@pytest.fixture(scope="module")
+def mixed(many):
+    """Kind -> level and weight of each patch, n x T x Y x X, and group_BxN, where all clips are of it; '' = of none.
+
+    'all' has the configs' own shares. One program for all.
+    """
+
+    @jax.jit
+    def settle(patches):
+        out = {}
+        for kind in ("", *flow.KINDS, "all"):
+            shares = (
+                base.EVERY_TASK if kind == "all" else dict.fromkeys(flow.KINDS, 0.0) | ({kind: 1.0} if kind else {})
+            )
+            drawn, weight_BxG = flow.draw_levels(KEY, patches, mixture_config(shares))
+            each = flow.per_patch(drawn.level_BxG, drawn), flow.per_patch(weight_BxG, drawn), drawn.group_BxN
+            out[kind] = tuple(a.reshape(-1, 5, 4, 6) for a in each)
+        return out
+
+    return jax.tree.map(np.asarray, settle(many.patches))
+
+
+def mixture_config(shares):
+    settings = base.get_config().flow
+    settings.mixture.update(shares)
+    return settings
 
 
 FRAME_SETS = {  # of 5 latent frames, all the sets that may be known
@@ -244,9 +264,9 @@ FRAME_SETS = {  # of 5 latent frames, all the sets that may be known
 
 
 @pytest.mark.parametrize("kind", FRAME_SETS)
-def test_known_frames_are_of_their_kind(many, kind):
+def test_known_frames_are_of_their_kind(mixed, kind):
     """All sets of frames that a kind names are drawn, and no other; whole frames; weight 0 where known, else 1."""
-    level, weight, _ = mixed(many, **{kind: 1.0})
+    level, weight, _ = mixed[kind]
     assert (level == level[:, :, :1, :1]).all() and (weight == weight[:, :, :1, :1]).all()
     level_nxT, weight_nxT = level[:, :, 0, 0], weight[:, :, 0, 0]
     found = {tuple(np.flatnonzero(row == 0)) for row in weight_nxT}
@@ -256,7 +276,7 @@ def test_known_frames_are_of_their_kind(many, kind):
         assert 0 < level_nxT[known].min() and 0.15 < level_nxT[known].max() < base.get_config().flow.light
     else:
         assert (level_nxT[known] == 0).all()
-    plain = mixed(many)[0][:, :, 0, 0]
+    plain = mixed[""][0][:, :, 0, 0]
     if kind == "forcing":
         assert len(np.unique(level_nxT)) > 0.99 * level_nxT.size
         np.testing.assert_allclose(
@@ -267,10 +287,10 @@ def test_known_frames_are_of_their_kind(many, kind):
         np.testing.assert_array_equal(level_nxT[~known], plain[~known])
 
 
-def test_boxes_are_boxes(many):
+def test_boxes_are_boxes(mixed):
     """Unknown is a box in space and time, or, in three of ten, all but one; the rest is clean. Two groups to a clip."""
-    level, weight, patches = mixed(many, box=1.0)
-    unknown, plain, out, whole, places = weight > 0, mixed(many)[0], 0, 0, []
+    level, weight, groups = mixed["box"]
+    unknown, plain, out, whole, places = weight > 0, mixed[""][0], 0, 0, []
     np.testing.assert_array_equal(level, np.where(unknown, plain, 0))
     for clip in unknown:
         boxed = clip
@@ -284,17 +304,15 @@ def test_boxes_are_boxes(many):
         places.append((len(y), len(x), y[0], x[0]))
     assert 0.2 < out / MANY < 0.4 and 0.3 < whole / MANY < 0.8
     assert len(set(places)) > 40
-    groups = [
-        set(np.asarray(patches.group_BxN[b, i * 120 : i * 120 + 120]).tolist()) for b in range(20) for i in range(20)
-    ]
-    assert all(mine <= {5 * (i % 20), 5 * (i % 20) + 1} for i, mine in enumerate(groups))
+    for i, mine in enumerate(groups):
+        assert set(mine.ravel()) <= {5 * (i % 20), 5 * (i % 20) + 1}
 
 
-def test_kinds_come_as_often_as_asked(many):
+def test_kinds_come_as_often_as_asked(mixed):
     """By what is known: of the configs' own shares, half of the clips have one level and nothing known."""
     shares = base.EVERY_TASK
     assert sum(shares.values()) <= 0.5 and set(shares) == set(flow.KINDS)
-    level, weight, _ = mixed(many, **shares)
+    level, weight, _ = mixed["all"]
     one = (level == level[:, :1, :1, :1]).all((1, 2, 3)) & (weight == 1).all((1, 2, 3))
     assert abs(one.mean() - (1 - sum(shares.values()))) < 0.08
     forced = (weight == 1).all((1, 2, 3)) & ~one
@@ -322,16 +340,10 @@ def test_mixed_levels_hang_on_the_clips_name_alone():
     assert any((alone[clip][1] == 0).any() for clip in (0, 2, 3, 5))
 
 
-def mixture_config(shares):
-    settings = base.get_config().flow
-    settings.mixture.update(shares)
-    return settings
-
-
 def test_shares_that_are_none_are_refused(many):
     for shares in ({"first": -0.1}, {"first": 0.6, "box": 0.5}):
         with pytest.raises(ValueError, match=r"flow.mixture's shares \[.*\] sum to (-0.1|1.1). Give shares from 0"):
-            mixed(many, **shares)
+            flow.draw_levels(KEY, many.patches, mixture_config(shares))
 
 
 # The loss
