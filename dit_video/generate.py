@@ -47,6 +47,8 @@ from dit_video.weights.native import load_weights, save_weights
 
 __all__ = ["Trained", "load", "sample", "save_weights"]
 
+FAR = 8  # times the patches of the longest clip trained on: a request beyond is worth a word
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -128,6 +130,11 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             tasks[i] = TASKS[kinds[i]](request, layout, level_K)
             if words := told(tasks[i], layout):
                 logging.warning("request %d, %s: %s.", i, kinds[i], words)
+
+    most, trained_on = max((task.grid.size for task in tasks.values()), default=0), config.data.max_tokens
+    if most > FAR * trained_on:
+        words = "a request has %d patches, and the model was trained on clips of up to %d: smaller sizes are faster."
+        logging.warning(words, most, trained_on)
 
     done = lambda tasks: {
         i: finish(tasks[i], to_uint8(layout.codec.decode(latents_TxYxXxC)))

@@ -177,6 +177,42 @@ def test_animated_picture_stays_the_first_frame(weights, tmp_path):
     assert (np.asarray(Image.open(tmp_path / "000.png")) == picture).all()
 
 
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ("--task=animate --image=a.png", [{"task": "animate", "image": "a.png"}]),
+        (
+            "--task=extend --video=a.mp4 --direction=backward --new_frames=16",
+            [{"task": "extend", "video": "a.mp4", "direction": "backward", "new_frames": 16}],
+        ),
+        (
+            "--task=connect --video=a.mp4 --video=b.mp4 --new_frames=16",
+            [{"task": "connect", "video": ["a.mp4", "b.mp4"], "new_frames": 16}],
+        ),
+        ("--task=loop --video=a.mp4", [{"task": "loop", "video": "a.mp4"}]),
+        ("--task=loop --prompt=p --num=3", [{"task": "loop", "prompt": "p", "num": 3}]),
+        (
+            "--task=paint --video=a.mp4 --mask=box:1,2,3,4 --size=64x64",
+            [{"task": "paint", "video": "a.mp4", "mask": "box:1,2,3,4", "size": "64x64"}],
+        ),
+        ("--task=edit --video=a.mp4 --strength=0.6", [{"task": "edit", "video": "a.mp4", "strength": 0.6}]),
+        ("--task=interpolate --video=a.mp4 --factor=4", [{"task": "interpolate", "video": "a.mp4", "factor": 4.0}]),
+        ("--task=timeline --prompt=0:a --prompt=8:b", [{"task": "timeline", "prompt": ["0:a", "8:b"]}]),
+        ("--task=rollout --frames=320 --seed=7", [{"task": "rollout", "frames": 320, "seed": 7}]),
+        (
+            "--task=extend --video=a.mp4 --video=b.mp4 --prompt=p --fps=8 --fps=12",
+            [{"task": "extend", "video": v, "prompt": "p", "fps": fps} for v, fps in (("a.mp4", 8.0), ("b.mp4", 12.0))],
+        ),
+        ("--prompt=a --prompt=b --frames=5", [{"task": "text", "prompt": p, "frames": 5} for p in "ab"]),
+    ],
+)
+def test_flags_are_lines_of_requests(given, lines):
+    """What the flags ask for, in the form of --requests."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["sample", *given.split()])
+        assert SAMPLE.fields_from_flags() == [{"num": 1} | line for line in lines]
+
+
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
     """Two moving GIFs of random pixels, their first frames, and masks: 24x16 pixels and 9 frames, but 32x16 for one."""
@@ -268,7 +304,7 @@ def test_every_task_from_lines_of_requests(weights, media, tmp_path):
     made = json.loads((tmp_path / "one" / "samples.json").read_text())["samples"]
     assert [(s["task"], s["frames"], s["seed"]) for s in made] == [
         ("animate", 5, 0), ("extend", 12, 4), ("extend", 12, 5), ("extend", 12, 0), ("connect", 22, 0),
-        ("paint", 9, 0), ("paint", 9, 0), ("edit", 9, 0), ("interpolate", 17, 0), ("timeline", 17, 0),
+        ("paint", 9, 0), ("paint", 9, 0), ("edit", 9, 0), ("interpolate", 17, 0), ("timeline", 13, 0),
     ]  # fmt: skip
     assert (made[8]["fps"], made[8]["width"], made[6]["width"]) == (16.0, 24, 40)
     read = lambda folder, s: np.stack([np.asarray(Image.open(p)) for p in sorted((folder / s["name"]).glob("*.png"))])
