@@ -268,6 +268,6 @@ def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | N
     if mask.kind == "image":
         return decode(mask, 0.0, [0.0], height, width)[..., 0] > 127
     white_TxYxX = _read_frames(mask, height, width, fps)[0][..., 0] > 127
-    if len(white_TxYxX) != F:
+    if len(white_TxYxX) not in (1, F):
         raise ValueError(f"the mask {text} has {len(white_TxYxX)} frames and the video {F}: give {F}, or a picture.")
     return white_TxYxX

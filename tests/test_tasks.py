@@ -198,7 +198,7 @@ def expected(name):
     elif name == "out-painting":
         made[:, 0:16, 8:32] = V
     elif name == "both":
-        made[:, :, 8:32][:, outside] = V[:, outside]
+        made[:, :, 16:40][:, outside] = V[:, outside]  # from 12, to a whole patch
     elif r.mask_TxYxX is not None:
         made[:, outside] = V[:, outside]
     elif r.task == "interpolate":
@@ -427,7 +427,7 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
         ("in-painting", {"mask_TxYxX": np.indices((1, 16, 24)).sum(0) % 5 == 0}, "would see nothing of what is given"),
         ("out-painting", {"height": 8}, "the video is 24x16 and the clip 40x8 .*or a larger one"),
         ("edit", {"strength": 0.0}, "strength=0.0 is no level to start from. Choose above 0, and 1 at most"),
-        ("interpolate", {"factor": 2**0.5 * 10}, "factor=14.1421 is no fraction p/q .*up to 16. Nearest: 14/1"),
+        ("interpolate", {"factor": 2**0.5 * 10}, "factor=14.1421 is no fraction p/q .*up to 16. Nearest: 14."),
         ("interpolate", {"videos": (V[:1],)}, "the video has 1 frames .*2 frames at least"),
         ("timeline", {"timeline": ((1, "a"),)}, r"times are \[1.0\] s: they must start at 0 and ascend"),
         ("timeline", {"timeline": ((0, "a"), (3, "b"))}, "at 3 s is seen by nothing: frames=9 .*Nearest: 1 s, or"),
