@@ -96,7 +96,8 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
 
     trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance,
     interval, history) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone
-    or packed with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be laid out.
+    or packed with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be
+    laid out.
     """
     trained = trained if isinstance(trained, Trained) else load(trained)
     config = trained.config

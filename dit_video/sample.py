@@ -106,9 +106,8 @@ def main(argv):
         config = trained.config
         (_, sy, sx), (_, py, px) = make_codec(config.codec).stride, config.model.patch
         wanted = asked((sy * py, sx * px))
-        given = {"steps": STEPS.value, "guidance": GUIDANCE.value, "solver": SOLVER.value}
-        how = {k: config.sample[k] for k in given} | {"history": 1.0}
-        how |= {k: v for k, v in (given | {"history": HISTORY.value}).items() if v is not None}
+        given = {"steps": STEPS, "guidance": GUIDANCE, "history": HISTORY, "solver": SOLVER}
+        how = {k: config.sample[k] if flag.value is None else flag.value for k, flag in given.items()}
         videos = generate.sample([one.request for one in wanted], trained, **how)
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
