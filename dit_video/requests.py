@@ -214,14 +214,18 @@ def _within(media: Media, width: int, height: int, step_yx):
 
 
 def _read_frames(media: Media, height: int, width: int, fps: float | None):
-    """video_FxYxXx3 at `fps`, or, for None, all of its frames at their own mean rate; and that rate."""
+    """video_FxYxXx3 at `fps`, or all of its frames, for None or their own mean rate to 1%; and the rate.
+
+    Stamps are rounded (a GIF's to 10 ms), so that frames looked up by time would be one early here and there.
+    """
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise ValueError(f"fps={fps} is not a frame rate. Give frames per second above 0.")
     stamps, last = np.asarray(media.stamps), media.stamps[-1]
-    if len(stamps) == 1:
+    own = (len(stamps) - 1) / last if last else None
+    if own is None:
         fps, time_T = fps or FPS, stamps
-    elif fps is None:
-        fps, time_T = float(Fraction((len(stamps) - 1) / last).limit_denominator(1001)), stamps
+    elif fps is None or abs(own - fps) <= 0.01 * fps:
+        fps, time_T = fps or float(Fraction(own).limit_denominator(1001)), stamps
     else:
         time_T = np.arange(int(last * fps + 1e-3) + 1) / fps
     if (width, height) != (media.width, media.height) or len(time_T) != len(stamps):
