@@ -227,15 +227,16 @@ def test_what_is_given_is_put_back_and_only_that(name):
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
 def test_known_patches_never_move(solver):
-    """All tasks in one row, and a velocity of anything: known patches keep their bits, every other patch moves."""
+    """All tasks in one row, and a velocity that is no number there: their bits stay, every other patch moves."""
     layout = layout_of(tiny_config())
     tasks = [animate(r, layout, LEVEL_K) if r.image_YxXx3 is not None else laid(r) for r in ALL_TASKS.values()]
     sizes = np.array([task.piece.size for task in tasks]).sum(0)
     batch, _ = pack([[task.piece for task in tasks]], sizes[0], sizes[2], sizes[1])
     level_KxBxG = np.concatenate([task.level_Kxg for task in tasks], 1)[:, None]
     rng = np.random.default_rng(0)
-    moved = sample(lambda p: 1 + rng.uniform(size=p.x_BxNxP.shape), batch.patches, level_KxBxG, solver)
     known_n = np.concatenate([task.level_Kxg[0, task.piece.group_n] == 0 for task in tasks])
+    velocity_BxNxP = np.where(known_n[:, None], np.nan, 1 + rng.uniform(size=batch.patches.x_BxNxP.shape))
+    moved = sample(lambda p: velocity_BxNxP.astype(np.float32), batch.patches, level_KxBxG, solver)
     x_nxP = np.concatenate([task.piece.x_nxP for task in tasks])
     assert 0.2 < known_n.mean() < 0.8
     np.testing.assert_array_equal(np.asarray(moved.x_BxNxP)[0][known_n], x_nxP[known_n])
