@@ -5,6 +5,18 @@ A new key's default is what runs did before there was one: saved configs without
 
 import ml_collections
 
+# flow.mixture for one model that does every task; half of the videos still train at one level per clip.
+EVERY_TASK = {
+    "first": 0.06,
+    "prefix": 0.09,
+    "suffix": 0.07,
+    "ends": 0.06,
+    "every": 0.02,
+    "light": 0.03,
+    "box": 0.09,
+    "forcing": 0.08,
+}
+
 
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
@@ -85,7 +97,16 @@ def get_config() -> ml_collections.ConfigDict:
     flow.deviation = 1.2  # logit_normal: its deviation; mode: its scale
     flow.shift_tokens = 0.0  # levels shift by sqrt(clip's patches / this); 0 = no shift
     flow.weight_floor = 0.0  # levels below it weigh (level / floor)^2: the error of x weighs at most 1 / floor^2
-    flow.known_first = 0.1  # share of the videos that train with a clean first frame
+    flow.light = 0.2  # highest level of what is known but lightly noised
+    flow.mixture = mixture = ml_collections.ConfigDict()  # shares of the videos; the rest trains at one level per clip
+    mixture.first = 0.1  # the first latent frame is known: clean, and of no weight
+    mixture.prefix = 0.0  # the first few latent frames are
+    mixture.suffix = 0.0  # the last few
+    mixture.ends = 0.0  # both ends
+    mixture.every = 0.0  # every second or third latent frame
+    mixture.light = 0.0  # the first few, at a level in (0, light)
+    mixture.box = 0.0  # all but a box in space and time, or what lies in one
+    mixture.forcing = 0.0  # nothing is; each latent frame draws a level of its own
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.kind = "adamw"  # 'adamw' or 'muon' (block matrices; the rest stays with adamw)
@@ -118,5 +139,6 @@ def get_config() -> ml_collections.ConfigDict:
     sample.shift = 1.0  # of the levels, towards noise
     sample.guidance = 3.0  # scale; 1 = none
     sample.interval = (0.0, 1.0)  # levels where guidance acts
+    sample.history = 1.0  # guidance scale of what is known; 1 = none, any other doubles the cost
     sample.prompts = ()  # of the run's gallery, 'WxHxT@FPS: text'; empty = the data's own
     return config

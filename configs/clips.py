@@ -18,4 +18,5 @@ def get_config():
     config.data.max_side = 96
     config.data.max_tokens = 192
     config.optimizer.kind = "muon"
+    config.flow.mixture.update(base.EVERY_TASK)
     return config

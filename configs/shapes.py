@@ -2,6 +2,7 @@
 
 python -m dit_video.train --config=configs/shapes.py --workdir=runs/shapes
 python -m dit_video.train --config=configs/shapes.py:quick --workdir=runs/quick
+python -m dit_video.train --config=configs/shapes.py:tasks --workdir=runs/tasks
 """
 
 from configs import base
@@ -24,4 +25,6 @@ def get_config(form="long"):
         config.steps, config.eval_every, config.sample_every = 1000, 0, 0
         config.data.pair_share, config.data.still_share = 0.0, 0.05
         config.optimizer.warmup, config.optimizer.ema = 40, 0.99
+    if form == "tasks":
+        config.flow.mixture.update(base.EVERY_TASK)
     return config

@@ -14,6 +14,10 @@ from dit_video.attention import spread
 from dit_video.patches import Patches
 
 BUCKETS = 8
+# What is known of a clip in training, in T latent frames: the first; the first or last 1 ... T - 1; all but a gap;
+# every second or third; the first ones, but lightly noised; all but a box in space and time, or what lies in one;
+# and nothing, while each frame has a level of its own (diffusion forcing; Chen et al. 2024, alg. 1).
+KINDS = ("first", "prefix", "suffix", "ends", "every", "light", "box", "forcing")
 
 
 def named_key(key, name: str):
@@ -53,38 +57,117 @@ def sample_level(key, shape, distribution: str, mean: float, deviation: float):
 
 
 def draw_levels(key, patches: Patches, config):
-    """Levels for training: patches with level_BxG drawn, and the loss weight_BxG of each group.
+    """Levels for training: patches with level_BxG (and groups) drawn, and the loss weight_BxG of each group.
 
-    Each clip draws from fold_in(key, its name), so its levels do not depend on what it is packed with. A share
-    `known_first` of the clips of more than one frame has its first frame clean and of no weight (an image to
-    animate). shift_tokens: levels are shifted by sqrt(patches of the clip / shift_tokens); 0 = no shift.
+    Each clip draws from fold_in(key, its name), so its levels do not depend on what it is packed with. Shares of the
+    clips of more than one latent frame, `config.mixture`, train with a part known: clean, and of no weight; all else,
+    and what is unknown of these, has one level per clip. KINDS says which part. shift_tokens: levels are shifted by
+    sqrt(patches of the clip / shift_tokens); 0 = no shift. Groups must be latent frames (or clips: then nothing is
+    known). A clip with a box needs two levels within a frame and no more than two in all, so that its patches move to
+    its first group (known) and its second (not), of those that it has. Raises ValueError for shares that are none.
     """
+    shares = [config.mixture[kind] for kind in KINDS]
+    if min(shares) < 0 or sum(shares) > 1 + 1e-6:
+        raise ValueError(f"flow.mixture's shares {shares} sum to {sum(shares):g}. Give shares from 0, that sum to 1.")
     seg_BxG, frame_BxG = patches.seg_BxG, group_frames(patches)
 
-    def draw(uid):
+    def draw(uid, frame):
         level_key, known_key = jax.random.split(jax.random.fold_in(key, uid))
-        level = sample_level(level_key, (), config.distribution, config.mean, config.deviation)
-        return level, jax.random.uniform(known_key)
+        level_of = lambda key: sample_level(key, (), config.distribution, config.mean, config.deviation)
+        more_j = jax.random.uniform(jax.random.fold_in(known_key, 1), (9,))
+        return (
+            level_of(level_key),
+            level_of(jax.random.fold_in(level_key, frame)),
+            jax.random.uniform(known_key),
+            more_j,
+        )
 
-    level_BxG, coin_BxG = jax.vmap(jax.vmap(draw))(patches.clip_BxG)
+    level_BxG, own_BxG, coin_BxG, u_BxGxj = jax.vmap(jax.vmap(draw))(patches.clip_BxG, frame_BxG)
+    same_BxGxG = (seg_BxG[:, :, None] == seg_BxG[:, None, :]) & (seg_BxG != 0)[:, None, :]
+    count_BxG = same_BxGxG.sum(-1)  # latent frames of the clip
+    kind_BxG = jnp.searchsorted(jnp.cumsum(jnp.array(shares)), coin_BxG, side="right")
+    kind_BxG = jnp.where(count_BxG > 1, kind_BxG, len(KINDS))
+    if config.mixture.forcing:
+        level_BxG = jnp.where(kind_BxG == KINDS.index("forcing"), own_BxG, level_BxG)
     if config.shift_tokens:
         same_BxGxN = seg_BxG[:, :, None] == patches.seg_BxN[:, None, :]
         level_BxG = shift_level(level_BxG, jnp.sqrt(same_BxGxN.sum(-1) / config.shift_tokens))
-    several_BxG = ((seg_BxG[:, :, None] == seg_BxG[:, None, :]).sum(-1)) > 1
-    known_BxG = several_BxG & (frame_BxG == 0) & (coin_BxG < config.known_first)
-    level_BxG = jnp.where(known_BxG | (seg_BxG == 0), 0, level_BxG)
+    if config.mixture.box:
+        patches = _cut_boxes(patches, kind_BxG == KINDS.index("box"), jnp.argmax(same_BxGxG, -1), count_BxG, u_BxGxj)
+    # Of kinds without a share nothing is traced: what would be drawn for them costs nothing.
+    drawn = [i for i, share in enumerate(shares) if share]
+    known_BxG = _known_frames(drawn, kind_BxG, frame_BxG, count_BxG, u_BxGxj) | (seg_BxG == 0)
+    least_BxG = jnp.zeros_like(level_BxG)
+    if config.mixture.light:
+        least_BxG = jnp.where(kind_BxG == KINDS.index("light"), config.light * u_BxGxj[..., 8], 0)
+    level_BxG = jnp.where(known_BxG, least_BxG, level_BxG)
     # A level of 0.1 alone would weigh 100 times one of 1 in the gradient of x, and hide what is learnt there.
     floor = max(config.weight_floor, 1e-6)
     weight_BxG = jnp.square(jnp.minimum(level_BxG / floor, 1.0)) if config.weight_floor else jnp.ones_like(level_BxG)
-    weight_BxG = jnp.where(known_BxG | (seg_BxG == 0), 0.0, weight_BxG)
-    return dataclasses.replace(patches, level_BxG=level_BxG), weight_BxG
+    return dataclasses.replace(patches, level_BxG=level_BxG), jnp.where(known_BxG, 0.0, weight_BxG)
+
+
+def _known_frames(drawn, kind_BxG, frame_BxG, count_BxG, u_BxGxj):
+    """known_BxG: which groups each clip's kind, of those `drawn`, leaves known; at least one frame never is."""
+    f, T, (u, v, w) = frame_BxG, count_BxG, jnp.moveaxis(u_BxGxj[..., :3], -1, 0)
+    whole = lambda share, most: jnp.minimum((share * most).astype(jnp.int32), most - 1)  # 0 ... most - 1
+    k = 1 + whole(u, T - 1)
+    gap = 1 + whole(v, jnp.maximum(T - 2, 1))
+    start = 1 + whole(w, jnp.maximum(T - 1 - gap, 1))
+    known = {
+        "first": f == 0,
+        "prefix": f < k,
+        "suffix": f >= T - k,
+        "ends": (f < start) | (f >= start + gap),
+        "every": f % (2 + whole(u, 2)) == 0,
+        "light": f < k,
+        "box": f == 0,  # its first group, where its known patches are
+        "forcing": jnp.zeros(f.shape, bool),
+    }
+    found_BxG = jnp.zeros(f.shape, bool)
+    for i in drawn:
+        found_BxG |= known[KINDS[i]] & (kind_BxG == i)
+    return found_BxG
+
+
+def _cut_boxes(patches: Patches, box_BxG, first_BxG, count_BxG, u_BxGxj):
+    """The patches with those of each clip of box_BxG in two groups, its first (known) and its second (not).
+
+    Not known are those whose centres lie in a box in y, x and (in half of the clips) in frames, or, in three of ten,
+    those out of it, in all frames. first_BxG: the clip's first group.
+    """
+    mine_BxGxNx1 = _members(patches)[..., None]
+    yx_BxNx2 = patches.pos_BxNx3[..., 1:]
+    most_BxGx2 = jnp.where(mine_BxGxNx1, yx_BxNx2[:, None], -jnp.inf).max(2)
+    least_BxGx2 = jnp.where(mine_BxGxNx1, yx_BxNx2[:, None], jnp.inf).min(2)
+    size_BxGx2 = jnp.where(jnp.isfinite(most_BxGx2), most_BxGx2 + least_BxGx2, 1)  # centres: half a patch on each side
+    side_BxGx2 = 0.3 + 0.5 * u_BxGxj[..., 0:2]
+    low_BxGx2 = (1 - side_BxGx2) * u_BxGxj[..., 2:4]
+    always_BxG, out_BxG = u_BxGxj[..., 4] < 0.5, u_BxGxj[..., 5] < 0.3
+    begin_BxG = jnp.floor(u_BxGxj[..., 6] * count_BxG)
+    end_BxG = begin_BxG + 1 + jnp.floor(u_BxGxj[..., 7] * (count_BxG - begin_BxG))
+    begin_BxG, end_BxG = jnp.where(always_BxG, 0, begin_BxG), jnp.where(always_BxG, count_BxG, end_BxG)
+
+    of = lambda value_BxG: jnp.take_along_axis(value_BxG, patches.group_BxN, 1)
+    of2 = lambda value_BxGx2: jnp.take_along_axis(value_BxGx2, patches.group_BxN[..., None], 1)
+    share_BxNx2 = yx_BxNx2 / of2(size_BxGx2)
+    inside_BxN = ((share_BxNx2 >= of2(low_BxGx2)) & (share_BxNx2 < of2(low_BxGx2 + side_BxGx2))).all(-1)
+    during_BxN = (patches.frame_BxN >= of(begin_BxG)) & (patches.frame_BxN < of(end_BxG))
+    unknown_BxN = jnp.where(of(out_BxG), ~inside_BxN, inside_BxN & during_BxN)
+    cut_BxN = of(box_BxG) & (patches.seg_BxN != 0)
+    group_BxN = jnp.where(cut_BxN, of(first_BxG) + unknown_BxN, patches.group_BxN)
+    return dataclasses.replace(patches, group_BxN=group_BxN.astype(jnp.int32))
+
+
+def _members(patches: Patches):
+    """mine_BxGxN: which patches each group holds."""
+    mine_BxGxN = patches.group_BxN[:, None, :] == jnp.arange(patches.seg_BxG.shape[1])[None, :, None]
+    return mine_BxGxN & (patches.seg_BxN[:, None, :] != 0)
 
 
 def group_frames(patches: Patches):
     """frame_BxG: the first latent frame of each group."""
-    mine_BxGxN = patches.group_BxN[:, None, :] == jnp.arange(patches.seg_BxG.shape[1])[None, :, None]
-    mine_BxGxN &= patches.seg_BxN[:, None, :] != 0
-    return jnp.where(mine_BxGxN, patches.frame_BxN[:, None, :], jnp.iinfo(jnp.int32).max).min(-1)
+    return jnp.where(_members(patches), patches.frame_BxN[:, None, :], jnp.iinfo(jnp.int32).max).min(-1)
 
 
 def per_patch(value_BxG, patches: Patches):

@@ -13,22 +13,41 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 from etils import epath
 
 from configs import base
 from dit_video import checkpoint
 from dit_video.codecs import make_codec, to_uint8
+from dit_video.flow import patch_noise
 from dit_video.model import make_model, make_velocity
 from dit_video.patches import Cond, choose, pack, unpack
-from dit_video.sampling import guided, uniform_levels
-from dit_video.sampling import sample as solve
+from dit_video.sampling import guided, recalled, uniform_levels
+from dit_video.sampling import sample as integrate
 from dit_video.sharding import batch_sharding
-from dit_video.tasks import Layout, Request, animate, text_to_video
+from dit_video.tasks import (
+    TASKS,
+    Layout,
+    Request,
+    Task,
+    advance,
+    finish,
+    loop,
+    prompts_of,
+    roll,
+    rollout_latents,
+    start_rollout,
+    task_of,
+    text_to_video,
+    told,
+)
 from dit_video.text import make_text
 from dit_video.weights.encoders import complete
 from dit_video.weights.native import load_weights, save_weights
 
 __all__ = ["Trained", "load", "sample", "save_weights"]
+
+FAR = 8  # times the patches of the longest clip trained on: a request beyond is worth a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,29 +92,80 @@ def _holds_checkpoints(directory) -> bool:
 
 
 def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[np.ndarray]:
-    """The requests' videos, each uint8 TxYxXx3, sampled packed in shared batches.
+    """The requests' videos, each uint8 TxYxXx3, sampled packed in shared batches, whatever their tasks.
 
     trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance,
-    interval) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone or packed
-    with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be laid out.
+    interval, history) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone
+    or packed with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be
+    laid out.
     """
     trained = trained if isinstance(trained, Trained) else load(trained)
     config = trained.config
-    unknown = set(settings) - {*config.sample, "row"}
+    defaults = {"row": config.data.length} | config.sample.to_dict()
+    unknown = set(settings) - set(defaults)
     if unknown:
-        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted([*config.sample, 'row'])}.")
-    how = ml_collections.ConfigDict(config.sample.to_dict() | settings)
+        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
+    how = ml_collections.ConfigDict(defaults | settings)
     if config.text.kind == "frozen" and config.text.encoder:
-        complete(config.text, [request.prompt for request in requests])
-    codec, text = make_codec(config.codec), make_text(config.text)
-    layout = Layout(codec, tuple(config.model.patch), text.tokenise, config.data.group_by)
+        complete(config.text, [text for request in requests for text in prompts_of(request)])
+    text = make_text(config.text)
+    layout = Layout(make_codec(config.codec), tuple(config.model.patch), text.tokenise, config.data.group_by)
     level_K = uniform_levels(how.steps, how.shift)
-    if not requests:
-        return []
-    tasks = [(animate if r.image_YxXx3 is not None else text_to_video)(r, layout, level_K) for r in requests]
+    scale = [how.guidance if r.guidance is None else r.guidance for r in requests]
 
+    def solve(tasks: dict[int, Task]) -> dict[int, np.ndarray]:
+        latents = _pack_and_solve([*tasks.values()], [scale[i] for i in tasks], trained, how, mesh) if tasks else []
+        return dict(zip(tasks, latents))
+
+    kinds = [task_of(request) for request in requests]
+    unmade = [i for i, kind in enumerate(kinds) if kind == "loop" and not requests[i].videos]
+    tasks, rolled = {}, {}
+    for i, request in enumerate(requests):
+        if kinds[i] == "rollout":
+            rolled[i] = start_rollout(request, layout)
+        elif i in unmade:
+            tasks[i] = text_to_video(request, layout, level_K)
+            # What closes it is laid out now for its errors alone.
+            loop(dataclasses.replace(request, videos=(tasks[i].given_TxYxXx3,)), layout, level_K)
+        else:
+            tasks[i] = TASKS[kinds[i]](request, layout, level_K)
+            if words := told(tasks[i], layout):
+                logging.warning("request %d, %s: %s.", i, kinds[i], words)
+
+    most, trained_on = max((task.grid.size for task in tasks.values()), default=0), config.data.max_tokens
+    if most > FAR * trained_on:
+        words = "a request has %d patches, and the model was trained on clips of up to %d: smaller sizes are faster."
+        logging.warning(words, most, trained_on)
+
+    done = lambda tasks: {
+        i: finish(tasks[i], to_uint8(layout.codec.decode(latents_TxYxXxC)))
+        for i, latents_TxYxXxC in solve(tasks).items()
+    }
+    videos = done(tasks)
+    videos |= done({i: loop(dataclasses.replace(requests[i], videos=(videos[i],)), layout, level_K) for i in unmade})
+    videos |= _roll_out({i: requests[i] for i in rolled}, rolled, layout, level_K, how.steps, solve)
+    return [videos[i] for i in range(len(requests))]
+
+
+def _roll_out(requests: dict, rolled: dict, layout: Layout, level_K, steps: int, solve) -> dict[int, np.ndarray]:
+    """Roll-outs, {i: (layout of a window, window)}, in step with one another: one program for all chunks."""
+    active, windows = {i: rollout_latents(r, layout)[1] for i, r in requests.items()}, {i: rolled[i][1] for i in rolled}
+    chunks = max((rollout_latents(r, layout)[2] + active[i] - 1 for i, r in requests.items()), default=0)
+    videos = {i: [] for i in rolled}
+    for _ in range(chunks):
+        per_chunk = -(-steps // min(active.values()))
+        latents = solve({i: roll(rolled[i][0], windows[i], active[i], per_chunk, level_K) for i in rolled})
+        for i in rolled:
+            windows[i], frames = advance(requests[i], layout, windows[i], latents[i])
+            videos[i] += [] if frames is None else [to_uint8(frames)]
+    return {i: np.concatenate(videos[i])[: requests[i].frames] for i in rolled}
+
+
+def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Trained, how, mesh) -> list[np.ndarray]:
+    """The tasks' latents_TxYxXxC, each guided by its scale: packs them in rows, and the rows in batches of one size."""
+    config = trained.config
     largest = max(task.grid.size for task in tasks)
-    length = _round_up(max(largest, min(settings.get("row", config.data.length), sum(t.grid.size for t in tasks))), 64)
+    length = _round_up(max(largest, min(how.row, sum(t.grid.size for t in tasks))), 64)
     rows = _rows(tasks, length)
     # Batches of one size, so that all of them are one program.
     at_once = _round_up(min(len(rows), config.data.rows), mesh.size if mesh is not None else 1)
@@ -105,17 +175,18 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     tokens = _round_up(max(sum(p.size[1] for p in row) for row in packed), 64)
     batch, places = pack(packed, length, groups, tokens)
 
-    level_KxBxG = np.zeros((len(level_K), len(rows), groups), np.float32)
+    level_KxBxG = np.zeros((len(tasks[0].level_Kxg), len(rows), groups), np.float32)
     scale_BxG = np.ones((len(rows), groups), np.float32)
     grids = {}
     for b, row in enumerate(rows):
         for seg, i in enumerate(row, start=1):
             mine_G = batch.patches.seg_BxG[b] == seg
             level_KxBxG[:, b, mine_G] = tasks[i].level_Kxg
-            scale_BxG[b, mine_G] = how.guidance if requests[i].guidance is None else requests[i].guidance
+            scale_BxG[b, mine_G] = scales[i]
             grids[i] = dataclasses.replace(tasks[i].grid, row=b, offset=places[b][seg - 1][1])
 
-    run = _sampler(config.to_json(), how.solver, tuple(how.interval), bool((scale_BxG != 1).any()), largest)
+    guide = bool((scale_BxG != 1).any())
+    run = _sampler(config.to_json(), how.solver, tuple(how.interval), guide, float(how.history), largest)
     put = lambda a, axis=0: a if mesh is None else jax.device_put(a, batch_sharding(mesh, axis))
     everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = jax.device_put(trained.params, everywhere)
@@ -124,8 +195,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
         part = slice(start, start + at_once)
         some = jax.tree.map(lambda a, part=part: put(a[part]), batch)
         done.append(np.asarray(run(params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]))))
-    latents = unpack(np.concatenate(done), [grids[i] for i in range(len(requests))])
-    return [to_uint8(codec.decode(latents_TxYxXxC)) for latents_TxYxXxC in latents]
+    return unpack(np.concatenate(done), [grids[i] for i in range(len(tasks))])
 
 
 def _rows(tasks, length: int) -> list[list[int]]:
@@ -139,7 +209,7 @@ def _rows(tasks, length: int) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide: bool, span: int):
+def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide: bool, history: float, span: int):
     """The compiled sampler of a config; jit keeps one program per layout."""
     config = ml_collections.ConfigDict(json.loads(config_json))
     text = make_text(config.text)
@@ -156,7 +226,11 @@ def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide
         velocity_fn = functools.partial(conditioned, cond=cond)
         if guide:
             velocity_fn = guided(conditioned, cond, encode(True), scale_BxG, interval)
-        return solve(velocity_fn, batch.patches, level_KxBxG, solver).x_BxNxP
+        if history != 1:
+            known_BxG = (level_KxBxG == 0).all(0) & (batch.patches.seg_BxG != 0)
+            noise_BxNxP = patch_noise(jax.random.key(0), batch.patches.uid_BxN, batch.patches.x_BxNxP.shape[-1])
+            velocity_fn = recalled(velocity_fn, known_BxG, noise_BxNxP, history)
+        return integrate(velocity_fn, batch.patches, level_KxBxG, solver).x_BxNxP
 
     return run
 

@@ -91,9 +91,9 @@ class DiT(nn.Module):
         c_BxGxD = _dense(self, "level_in", self.level_features, D, normal=0.02)(c_BxGxD)
         c_BxGxD = _dense(self, "level_out", D, D, normal=0.02)(nn.silu(c_BxGxD))
         if self.text == "pooled":
-            c_BxGxD = c_BxGxD + pool(text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
+            c_BxGxD = c_BxGxD + pool(text_BxSxE, cond.prompt_BxS, group_prompts(patches)).astype(dtype)
         if self.text_pool:
-            pooled_BxGxE = pool(text_BxSxE, cond.prompt_BxS, patches.seg_BxG).astype(dtype)
+            pooled_BxGxE = pool(text_BxSxE, cond.prompt_BxS, group_prompts(patches)).astype(dtype)
             c_BxGxD = c_BxGxD + _dense(self, "text_pool", self.text_width, D)(pooled_BxGxE)
 
         context = {"tags": self._tags(patches), "rope": rope, "group_BxN": patches.group_BxN}
@@ -262,9 +262,16 @@ def sincos_table(index_BxNx3, width: int):
     return jnp.concatenate([swap(half(index_BxNx3[..., 2])), swap(half(index_BxNx3[..., 1]))], -1)
 
 
-def pool(text_BxSxE, prompt_BxS, seg_BxG):
+def group_prompts(patches: Patches):
+    """prompt_BxG: which prompt the patches of each group see; 0 for a group without patches."""
+    mine_BxGxN = patches.group_BxN[:, None, :] == jnp.arange(patches.seg_BxG.shape[1])[:, None]
+    mine_BxGxN &= patches.seg_BxN[:, None, :] != 0
+    return jnp.where(mine_BxGxN, patches.prompt_BxN[:, None, :], 0).max(-1)
+
+
+def pool(text_BxSxE, prompt_BxS, prompt_BxG):
     """The mean of each group's prompt's tokens, pooled_BxGxE; 0 for a group without tokens."""
-    mine_BxGxS = (seg_BxG[:, :, None] == prompt_BxS[:, None, :]) & (prompt_BxS[:, None, :] != 0)
+    mine_BxGxS = (prompt_BxG[:, :, None] == prompt_BxS[:, None, :]) & (prompt_BxS[:, None, :] != 0)
     count_BxGx1 = jnp.maximum(mine_BxGxS.sum(-1, keepdims=True), 1)
     return jnp.einsum("bgs,bse->bge", mine_BxGxS.astype(text_BxSxE.dtype), text_BxSxE) / count_BxGx1
 

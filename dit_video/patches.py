@@ -91,7 +91,10 @@ class Cond:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One clip laid out as patches, before it is packed: the fields of Patches without B, groups from 0. Host only."""
+    """One clip laid out as patches, before it is packed: the fields of Patches without B, groups from 0. Host only.
+
+    prompt_n, prompt_s: which of the clip's prompts, from 0, a patch sees and a text token is of; None = it has one.
+    """
 
     x_nxP: np.ndarray
     pos_nx3: np.ndarray
@@ -100,6 +103,8 @@ class Piece:
     uid_n: np.ndarray
     clip: int
     ids_sxK: np.ndarray
+    prompt_n: np.ndarray | None = None
+    prompt_s: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -158,21 +163,24 @@ def name(clip: int, index_n: np.ndarray) -> np.ndarray:
     return h ^ (h >> np.uint32(16))
 
 
-def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, groups: str = "frame"):
+def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, groups: str | np.ndarray = "frame"):
     """One clip as a Piece: patches with real coordinates, frame indices, groups and names.
 
     time_T: seconds of the last video frame that each latent frame covers; stride_yx: codec pixels per latent.
-    groups: 'frame' gives each latent frame of patches a level of its own, 'clip' one level to all.
+    groups: 'frame' gives each latent frame of patches a level of its own, 'clip' one level to all; or group_n, the
+    group of each patch in raster order, from 0.
     """
     x_nxP, grid = patchify(latents_TxYxXxC, patch)
     frame_n, pos_nx3 = _places(grid.shape, (patch[1] * stride_yx[0], patch[2] * stride_yx[1]))
     pos_nx3 = pos_nx3.copy()
     pos_nx3[:, 0] = np.asarray(time_T, np.float32)[patch[0] - 1 :: patch[0]][frame_n]
+    if isinstance(groups, str):
+        groups = frame_n if groups == "frame" else np.zeros_like(frame_n)
     piece = Piece(
         x_nxP=x_nxP,
         pos_nx3=pos_nx3,
         frame_n=frame_n,
-        group_n=frame_n if groups == "frame" else np.zeros_like(frame_n),
+        group_n=groups,
         uid_n=name(clip, np.arange(grid.size)),
         clip=clip,
         ids_sxK=ids_sxK,
@@ -233,13 +241,14 @@ def pack(rows: Sequence[Sequence[Piece]], length: int, groups: int, text: int):
     P, K = first.x_nxP.shape[1], first.ids_sxK.shape[1]
     zeros = lambda *shape, dtype=np.int32: np.zeros((B, *shape), dtype)
     x_BxNxP, pos_BxNx3 = zeros(length, P, dtype=first.x_nxP.dtype), zeros(length, 3, dtype=np.float32)
-    seg_BxN, frame_BxN, group_BxN = zeros(length), zeros(length), zeros(length)
+    seg_BxN, frame_BxN, group_BxN, prompt_BxN = (zeros(length) for _ in range(4))
     uid_BxN = zeros(length, dtype=np.uint32)
     seg_BxG, clip_BxG, level_BxG = zeros(groups), zeros(groups, dtype=np.uint32), zeros(groups, dtype=np.float32)
     ids_BxSxK, prompt_BxS = zeros(text, K, dtype=first.ids_sxK.dtype), zeros(text)
     places = []
     for b, row in enumerate(rows):
         n0 = g0 = s0 = 0
+        prompts = len(row)  # a clip's first prompt has its segment's number, any further ones follow after all of these
         places.append([])
         for seg, piece in enumerate(row, start=1):
             n, s, g = piece.size
@@ -254,10 +263,17 @@ def pack(rows: Sequence[Sequence[Piece]], length: int, groups: int, text: int):
             x_BxNxP[b, at], pos_BxNx3[b, at], seg_BxN[b, at] = piece.x_nxP, piece.pos_nx3, seg
             frame_BxN[b, at], group_BxN[b, at], uid_BxN[b, at] = piece.frame_n, piece.group_n + g0, piece.uid_n
             seg_BxG[b, g0 : g0 + g], clip_BxG[b, g0 : g0 + g] = seg, np.uint32(piece.clip & 0xFFFFFFFF)
-            ids_BxSxK[b, s0 : s0 + s], prompt_BxS[b, s0 : s0 + s] = piece.ids_sxK, seg
+            ids_BxSxK[b, s0 : s0 + s], prompt_BxS[b, s0 : s0 + s], prompt_BxN[b, at] = piece.ids_sxK, seg, seg
+            if piece.prompt_n is not None:
+                more = int(piece.prompt_s.max())
+                number = np.array([seg, *range(prompts + 1, prompts + more + 1)])
+                prompt_BxS[b, s0 : s0 + s], prompt_BxN[b, at] = number[piece.prompt_s], number[piece.prompt_n]
+                prompts += more
             places[-1].append((b, n0, n))
             n0, g0, s0 = n0 + n, g0 + g, s0 + s
-    patches = Patches(x_BxNxP, pos_BxNx3, seg_BxN, frame_BxN, group_BxN, seg_BxN, uid_BxN, level_BxG, seg_BxG, clip_BxG)
+    patches = Patches(
+        x_BxNxP, pos_BxNx3, seg_BxN, frame_BxN, group_BxN, prompt_BxN, uid_BxN, level_BxG, seg_BxG, clip_BxG
+    )
     return Batch(patches, ids_BxSxK, prompt_BxS), places
 
 

@@ -1,29 +1,55 @@
 """python -m dit_video.sample --workdir=RUN --prompt='a red circle moves up and down' --size=48x32 --frames=9 --out=OUT
 
-Samples prompts, packed in shared batches, and writes for each an mp4, a GIF and a PNG (one frame: a PNG), a page to
-look at them, index.html, and samples.json, which says how to make each again. --prompt, --size, --frames, --fps, --seed
-and --image may be given several times: the i-th value goes with the i-th prompt, a single one with all.
+Samples what is asked for, packed in shared batches, and writes for each an mp4, a GIF and a PNG (one frame: a PNG), a
+page to look at them, index.html, and samples.json, which says how to make each again: its "request" is a line for
+--requests. Flags that may be given several times: the i-th value goes with the i-th prompt, a single one with all.
 """
 
 import sys
 
 from absl import app, flags
 
+TASKS = ["text", "animate", "extend", "connect", "loop", "paint", "edit", "interpolate", "timeline", "rollout"]
+
 WORKDIR = flags.DEFINE_string("workdir", None, "A run, whose newest checkpoint's averaged weights are taken.")
 WEIGHTS = flags.DEFINE_string("weights", None, "Or a .safetensors file of weights.")
-TASK = flags.DEFINE_enum("task", "text", ["text", "animate"], "What is given: a text, or a text and the first frame.")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; '' = anything.")
-SIZE = flags.DEFINE_multi_string("size", [], "WIDTHxHEIGHT in pixels. By default the image's, else 48x32.")
-FRAMES = flags.DEFINE_multi_integer("frames", [9], "Frames; 1 makes a picture.", lower_bound=1)
-FPS = flags.DEFINE_multi_float("fps", [8.0], "Frames per second.")
-SEED = flags.DEFINE_multi_integer("seed", [0], "Seed of the noise.", lower_bound=0)
-IMAGE = flags.DEFINE_multi_string("image", [], "--task=animate: the picture to start from; resized to --size.")
-NUM = flags.DEFINE_integer("num", 1, "Samples of each prompt, with seeds seed, seed + 1, ...", lower_bound=1)
+REQUESTS = flags.DEFINE_string(
+    "requests", None, "A JSON lines file of requests; keys as the flags from --task to --num."
+)
+TASK = flags.DEFINE_enum("task", "text", TASKS, "What is asked for; README.md has a command of each.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; '' = anything. --task=timeline: 'SECONDS: prompt'.")
+SIZE = flags.DEFINE_multi_string("size", [], "WIDTHxHEIGHT in pixels. By default that of what is given, else 48x32.")
+FRAMES = flags.DEFINE_multi_integer("frames", [], "Frames, 9 by default; 1 makes a picture.", lower_bound=1)
+FPS = flags.DEFINE_multi_float("fps", [], "Frames per second; by default the video's, else 8.")
+SEED = flags.DEFINE_multi_integer("seed", [], "Seed of the noise, 0 by default.", lower_bound=0)
+IMAGE = flags.DEFINE_multi_string("image", [], "animate: the picture to start from.")
+VIDEO = flags.DEFINE_multi_string("video", [], "The file to start from; connect: the two files.")
+MASK = flags.DEFINE_multi_string(
+    "mask", [], "paint, edit: a picture or video, white = anew, or box:y0,x0,y1,x1[,t0,t1]."
+)
+DIRECTION = flags.DEFINE_enum("direction", None, ["forward", "backward"], "extend: where to; forward by default.")
+NEW_FRAMES = flags.DEFINE_integer("new_frames", None, "extend, connect, loop: frames to make, 8 by default.")
+CONTEXT = flags.DEFINE_integer("context", None, "Frames next to the new ones that the model sees; by default all.")
+STRENGTH = flags.DEFINE_float("strength", None, "edit (0.6 by default), interpolate (0.8): the level to start from.")
+FACTOR = flags.DEFINE_float("factor", None, "interpolate: frames out per frame in; or give --fps.")
+WINDOW = flags.DEFINE_integer("window", None, "rollout: frames laid out at once, 13 by default.")
+NUM = flags.DEFINE_integer("num", 1, "Samples of each, with seeds seed, seed + 1, ...", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; by default the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; by default the config's. 1 = none.")
+HISTORY = flags.DEFINE_float("history", None, "Guidance scale of what is known. 1 = none, the default.")
 SOLVER = flags.DEFINE_enum("solver", None, ["euler", "heun", "heun_full", "ab2"], "By default the config's.")
 SAVE = flags.DEFINE_enum("save", "all", ["all", "png"], "png: every frame as a lossless PNG too.")
 OUT = flags.DEFINE_string("out", "samples", "The folder to write to.")
+
+SEVERAL = {"size": SIZE, "frames": FRAMES, "fps": FPS, "seed": SEED, "image": IMAGE, "mask": MASK}
+ONE = {
+    "direction": DIRECTION,
+    "new_frames": NEW_FRAMES,
+    "context": CONTEXT,
+    "strength": STRENGTH,
+    "factor": FACTOR,
+    "window": WINDOW,
+}
 
 
 def each(name: str, values: list, count: int) -> list:
@@ -33,55 +59,34 @@ def each(name: str, values: list, count: int) -> list:
     return values * count if len(values) == 1 else values
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of 'WIDTHxHEIGHT'. Raises ValueError for another form."""
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdigit() and height.isdigit()):
-        raise ValueError(f"--size={text!r} is not of the form WIDTHxHEIGHT, such as 48x32.")
-    return int(width), int(height)
-
-
-def requests_from_flags(step_y: int, step_x: int) -> list:
-    """The Requests that the flags ask for; step_y, step_x: pixels of a patch, to which an image's size is fitted."""
-    from dit_video.tasks import Request
-
-    prompts = PROMPT.value or [""]
-    if TASK.value == "text" and not PROMPT.value:
+def fields_from_flags() -> list[dict]:
+    """What the flags ask for, request by request, in the form of a line of --requests."""
+    task, prompts, videos = TASK.value, PROMPT.value, VIDEO.value
+    if task == "text" and not prompts:
         raise ValueError("give at least one --prompt ('' = anything).")
-    if (TASK.value == "animate") != bool(IMAGE.value):
-        raise ValueError("--task=animate takes an --image, and no other task does.")
-    count = max(len(prompts), len(IMAGE.value))
-    prompts = each("prompt", prompts, count)
-    images = each("image", IMAGE.value, count) if IMAGE.value else [None] * count
-    sizes = [parse_size(text) for text in each("size", SIZE.value, count)] if SIZE.value else [None] * count
-    requests = []
-    for prompt, image, size, frames, fps, seed in zip(
-        prompts,
-        images,
-        sizes,
-        each("frames", FRAMES.value, count),
-        each("fps", FPS.value, count),
-        each("seed", SEED.value, count),
-    ):
-        picture = None
-        if image is not None:
-            picture, size = read_image(image, size, step_y, step_x)
-        width, height = size or (48, 32)
-        requests += [Request(prompt, width, height, frames, fps, seed + j, picture) for j in range(NUM.value)]
-    return requests
+    prompts = [prompts] * bool(prompts) if task == "timeline" else prompts
+    if task == "connect":
+        if len(videos) % 2:
+            raise ValueError(f"--task=connect takes videos in pairs; --video was given {len(videos)} times.")
+        videos = [list(pair) for pair in zip(videos[::2], videos[1::2])]
+    several = {name: flag.value for name, flag in SEVERAL.items()} | {"prompt": prompts, "video": videos}
+    count = max(1, len(prompts), len(IMAGE.value), len(videos))
+    values = {name: each(name, given, count) for name, given in several.items() if given}
+    values |= {name: [flag.value] * count for name, flag in ONE.items() if flag.value is not None}
+    return [{"task": task} | {k: v[i] for k, v in values.items()} | {"num": NUM.value} for i in range(count)]
 
 
-def read_image(path: str, size, step_y: int, step_x: int):
-    """The picture as uint8 YxXx3 at `size`, or at the nearest whole patches to its own, and that (width, height)."""
-    from dit_video.data.decode import decode, probe
+def asked(step_yx: tuple[int, int]) -> list:
+    """What --requests or the other flags ask for, media read; step_yx: pixels of a patch."""
+    from dit_video.requests import read, read_lines
 
-    media = probe(path)
-    if size is None:
-        fit = lambda length, step: max(round(length / step), 1) * step
-        size = fit(media.width, step_x), fit(media.height, step_y)
-    if size != (media.width, media.height):
-        print(f"{path}: {media.width}x{media.height} is resized to {size[0]}x{size[1]}", file=sys.stderr)
-    return decode(media, 0.0, [0.0], size[1], size[0])[0], size
+    if REQUESTS.value is None:
+        return [one for fields in fields_from_flags() for one in read(fields, step_yx)]
+    beside = ["task", "prompt", "video", "num", *SEVERAL, *ONE]
+    given = [name for name in beside if flags.FLAGS[name].using_default_value is False]
+    if given:
+        raise ValueError(f"--{given[0]} goes with no --requests: write it in the lines of {REQUESTS.value}.")
+    return read_lines(REQUESTS.value, step_yx)
 
 
 def main(argv):
@@ -100,20 +105,23 @@ def main(argv):
         trained = generate.load(WORKDIR.value or WEIGHTS.value)
         config = trained.config
         (_, sy, sx), (_, py, px) = make_codec(config.codec).stride, config.model.patch
-        requests = requests_from_flags(sy * py, sx * px)
-        given = {"steps": STEPS.value, "guidance": GUIDANCE.value, "solver": SOLVER.value}
-        how = {k: config.sample[k] for k in given} | {k: v for k, v in given.items() if v is not None}
-        videos = generate.sample(requests, trained, **how)
+        wanted = asked((sy * py, sx * px))
+        given = {"steps": STEPS, "guidance": GUIDANCE, "history": HISTORY, "solver": SOLVER}
+        how = {k: config.sample[k] if flag.value is None else flag.value for k, flag in given.items()}
+        videos = generate.sample([one.request for one in wanted], trained, **how)
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    extra = {
-        "task": TASK.value,
-        **how,
-        "config": config.name,
-        "checkpoint_step": trained.step,
-        "weights": trained.source,
-    }
-    samples = [Sample(video, r.fps, r.prompt, r.seed, extra) for r, video in zip(requests, videos)]
+    made_by = {"config": config.name, "checkpoint_step": trained.step, "weights": trained.source}
+    samples = [
+        Sample(
+            video,
+            one.request.fps,
+            one.request.prompt,
+            one.request.seed,
+            {"task": one.fields["task"], **how, **made_by, "request": one.fields},
+        )
+        for one, video in zip(wanted, videos)
+    ]
     print(write_samples(OUT.value, samples, title=f"Samples of {config.name}", every_frame=SAVE.value == "png"))
 
 

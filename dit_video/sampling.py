@@ -113,3 +113,22 @@ def guided(velocity_fn: Callable, cond, uncond, scale_BxG, interval: tuple[float
         return v_u + scale_BxNx1 * (v_c - v_u)
 
     return velocity
+
+
+def recalled(velocity_fn: Callable, known_BxG, noise_BxNxP, scale: float) -> Callable:
+    """Guidance by what is known, v = v_0 + w (v_k - v_0) (vanilla history guidance; Song et al. 2025).
+
+    In v_0 the known groups are replaced by noise at level 1, so that the model sees nothing of them.
+    """
+
+    def velocity(patches: Patches):
+        known_BxNx1 = spread(known_BxG[..., None].astype(jnp.float32), patches.group_BxN) > 0
+        forgotten = replace(
+            patches,
+            x_BxNxP=jnp.where(known_BxNx1, noise_BxNxP, patches.x_BxNxP),
+            level_BxG=jnp.where(known_BxG, 1.0, patches.level_BxG),
+        )
+        v_0 = velocity_fn(forgotten)
+        return v_0 + scale * (velocity_fn(patches) - v_0)
+
+    return velocity

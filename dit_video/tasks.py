@@ -1,15 +1,24 @@
 """What each task lays out: which patches, and how their levels fall. No task has a model or a sampler of its own.
 
-n patches of one request, g its groups, P values per patch, K = M + 1 levels, T x Y x X a clip's grid, C channels.
+n patches of one request, g its groups, P values per patch, K = M + 1 levels, C channels. T x Y x X: of a video, its
+frames and pixels; of latents, a clip's grid. F frames of a video that is given.
+
+A request becomes a canvas: a clip of a legal length and size, some of whose pixels are given. Patches that are given
+wholly start, and stay, at level 0; the others start from noise (level 1), or, for editing, from their own pixels at a
+level between. Given pixels in a patch that is not wholly given are unknown to the model; they are put back after
+decoding. So through a lossless codec all that is given comes back bit for bit.
 """
 
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
 from dit_video.codecs import Pixels, check_frames, to_float
-from dit_video.patches import Grid, Piece, lay_out
+from dit_video.patches import Grid, Piece, lay_out, patchify
+
+MOST_PARTS = 16  # of a second's frames: frame rates change by fractions p / q with p, q up to this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +26,14 @@ class Request:
     """One sample asked for. width, height: pixels; frames: 1 = a picture; fps: frames per second; seed: of its noise.
 
     image_YxXx3: uint8, a picture to animate (the clip's first frame), or None. guidance: the scale, or None for
-    the caller's.
+    the caller's. task: a key of TASKS; '' = 'animate' where there is an image, else 'text'.
+    videos: uint8 FxYxXx3, as the task takes them: two to connect, one or none to loop, else one; at `fps` (to
+    interpolate: at fps / factor). frames is not read where the videos say how long the clip is.
+    new_frames: how many to extend, connect or close a loop by; direction: 'forward' or 'backward'. context: how many
+    frames on either side of the new ones the model may see; None = all (to loop and to roll out: the codec's stride
+    + 1). mask_TxYxX: bool, True = make anew, of the video's frames or of one for all. strength: the level that what
+    is edited starts from. factor: frames out per frame in. timeline: (seconds, prompt), the first at 0. window: frames
+    that a roll-out lays out at once.
     """
 
     prompt: str
@@ -28,6 +44,16 @@ class Request:
     seed: int = 0
     image_YxXx3: np.ndarray | None = None
     guidance: float | None = None
+    task: str = ""
+    videos: tuple[np.ndarray, ...] = ()
+    new_frames: int = 8
+    direction: str = "forward"
+    context: int | None = None
+    mask_TxYxX: np.ndarray | None = None
+    strength: float = 0.6
+    factor: float = 2
+    timeline: tuple[tuple[float, str], ...] = ()
+    window: int = 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,31 +68,373 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A request laid out: its noise and known patches, where they lie in its grid, and level_Kxg of each group."""
+    """A request laid out, and how its decoded video is finished (see `finish`).
+
+    piece: its noise and what is known; grid: where the patches lie; level_Kxg: the schedule of each group.
+    given_TxYxXx3 (uint8) is put back where known_TxYxX; then `take` says which frames are the answer, and they go
+    between before_FxYxXx3 and after_FxYxXx3, frames of the request that the model need not see.
+    """
 
     piece: Piece
     grid: Grid
     level_Kxg: np.ndarray
+    given_TxYxXx3: np.ndarray
+    known_TxYxX: np.ndarray
+    take: slice = dataclasses.field(default_factory=lambda: slice(None))
+    before_FxYxXx3: np.ndarray | None = None
+    after_FxYxXx3: np.ndarray | None = None
+
+
+# The tasks: each takes (request, layout, level_K) and raises ValueError for what cannot be laid out.
+
+
+def text_to_video(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """All patches come from noise to clean together; one frame means a picture."""
+    check_request(request, layout)
+    return _lay(request, layout, level_K, *_canvas(request, request.frames))
+
+
+def animate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """The first frame is the request's image, at level 0 throughout; the rest comes from noise."""
+    check_request(request, layout)
+    _check_levels("animating", layout)
+    if request.image_YxXx3 is None:
+        raise ValueError("animating needs an image: give image_YxXx3.")
+    return _lay(request, layout, level_K, *_canvas(request, request.frames, (0, request.image_YxXx3[None])))
+
+
+def extend(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """The video's end, or with direction='backward' its beginning, is known; new_frames more come from noise.
+
+    As many frames are laid out as fill groups of the codec's stride: of the video's far end a few are left out, beyond
+    the new ones a few are made and cut. Backward, times start at 0 with the first frame laid out.
+    """
+    _check_levels("extending", layout)
+    (video_FxYxXx3,) = _videos(request, layout, 1)
+    _check_new_frames(request)
+    st, F, new = layout.codec.stride[0], len(video_FxYxXx3), request.new_frames
+    seen = min(F, F if request.context is None else request.context)
+    if request.direction == "forward":
+        seen = 1 + (seen - 1) // st * st
+        canvas = _canvas(request, _legal(seen + new, st), (0, video_FxYxXx3[F - seen :]))
+        task = _lay(request, layout, level_K, *canvas)
+        return dataclasses.replace(task, take=slice(0, seen + new), before_FxYxXx3=video_FxYxXx3[: F - seen])
+    if request.direction != "backward":
+        raise ValueError(f"direction={request.direction!r} is not known. Allowed: 'forward', 'backward'.")
+    if seen < st:
+        raise ValueError(
+            f"extending backward needs {st} known frames (the codec's stride) or more; {seen} are given. Nearest: {st}."
+        )
+    seen = seen // st * st
+    T = _legal(seen + new, st)
+    task = _lay(request, layout, level_K, *_canvas(request, T, (T - seen, video_FxYxXx3[:seen])))
+    return dataclasses.replace(task, take=slice(T - seen - new, T), after_FxYxXx3=video_FxYxXx3[seen:])
+
+
+def connect(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """The first video's end and the second's beginning are known; new_frames between them come from noise.
+
+    Unless the codec's stride divides new_frames, the second's first frames lie in a group that is known in part.
+    """
+    _check_levels("connecting", layout)
+    before_FxYxXx3, after_FxYxXx3 = _videos(request, layout, 2)
+    _check_new_frames(request)
+    st, F, new = layout.codec.stride[0], len(before_FxYxXx3), request.new_frames
+    most = max(F, len(after_FxYxXx3)) if request.context is None else request.context
+    head = 1 + (min(F, most) - 1) // st * st
+    start = head + new
+    partly = _legal(start, st) - start  # frames of the second that share a group with new ones
+    groups = min(len(after_FxYxXx3) - partly, max(most, st)) // st
+    if groups < 1:
+        raise ValueError(
+            f"after new_frames={new}, the {len(after_FxYxXx3)} frames of the video that follows fill no group of {st} "
+            f"(the codec's stride). Give {partly + st} of them at least, or new_frames={-(-new // st) * st} and {st}."
+        )
+    T = start + partly + groups * st
+    parts = (0, before_FxYxXx3[F - head :]), (start, after_FxYxXx3[: T - start])
+    task = _lay(request, layout, level_K, *_canvas(request, T, *parts))
+    return dataclasses.replace(
+        task, before_FxYxXx3=before_FxYxXx3[: F - head], after_FxYxXx3=after_FxYxXx3[T - start :]
+    )
+
+
+def loop(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """The video, and new_frames that lead from its end back to its beginning: shown again and again it has no seam."""
+    _check_levels("looping", layout)
+    (video_FxYxXx3,) = _videos(request, layout, 1)
+    st = layout.codec.stride[0]
+    context = 1 + st if request.context is None else request.context
+    # Another stream of noise than that of a video made from the same seed.
+    both = dataclasses.replace(
+        request, task="connect", videos=(video_FxYxXx3,) * 2, context=context, seed=request.seed ^ (1 << 62)
+    )
+    task = connect(both, layout, level_K)
+    start = 1 + (min(len(video_FxYxXx3), context) - 1) // st * st
+    take = slice(start, start + request.new_frames)
+    return dataclasses.replace(task, take=take, before_FxYxXx3=video_FxYxXx3, after_FxYxXx3=None)
+
+
+def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """Where the mask is True, and around the video where the request is larger (out-painting), comes from noise.
+
+    The video lies in the middle, to the nearest whole patch. Frames beyond a legal length repeat the last, and are cut.
+    """
+    _check_levels("painting", layout)
+    (video_FxYxXx3,) = _videos(request, layout, 1, smaller=True)
+    F, height, width, _ = video_FxYxXx3.shape
+    if request.mask_TxYxX is None and (height, width) == (request.height, request.width):
+        raise ValueError(
+            f"painting needs a mask, or a size larger than the video's {width}x{height}: the request is as large."
+        )
+    (_, sy, sx), (_, py, px) = layout.codec.stride, layout.patch
+    y = round((request.height - height) / (2 * sy * py)) * sy * py
+    x = round((request.width - width) / (2 * sx * px)) * sx * px
+    inside = slice(None), slice(y, y + height), slice(x, x + width)
+    T = _legal(F, layout.codec.stride[0])
+    given_TxYxXx3, known_TxYxX = _canvas(request, T)
+    index_T = np.minimum(np.arange(T), F - 1)
+    given_TxYxXx3[inside], known_TxYxX[inside] = video_FxYxXx3[index_T], ~_mask(request)[index_T]
+    return dataclasses.replace(_lay(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
+
+
+def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """The video, noised to level `strength`, comes back as the prompt says (SDEdit; Meng et al. 2022, alg. 1).
+
+    With a mask, what lies outside it is known. Frames beyond a legal length repeat the last, and are cut.
+    """
+    (video_FxYxXx3,) = _videos(request, layout, 1)
+    if not 0 < request.strength <= 1:
+        raise ValueError(f"strength={request.strength} is no level to start from. Choose above 0, and 1 at most.")
+    F = len(video_FxYxXx3)
+    T = _legal(F, layout.codec.stride[0])
+    index_T = np.minimum(np.arange(T), F - 1)
+    given_TxYxXx3, known_TxYxX = _canvas(request, T)
+    given_TxYxXx3[:] = video_FxYxXx3[index_T]
+    if request.mask_TxYxX is not None:
+        _check_levels("editing with a mask", layout)
+        known_TxYxX[:] = ~_mask(request)[index_T]
+    start_n = np.full(_known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
+    task = _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
+    return dataclasses.replace(task, take=slice(0, F))
+
+
+def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """Every p-th frame is known, at p times the video's frame rate; of the result every q-th is taken, factor = p / q.
+
+    Groups of the codec's stride that are known in part start, at level `strength`, from the blend of the frames known
+    around them (as in `edit`), since the model could not know those frames else; groups without a known frame start
+    from noise.
+    """
+    _check_levels("interpolating", layout)
+    (video_FxYxXx3,) = _videos(request, layout, 1)
+    F = len(video_FxYxXx3)
+    parts = range(1, MOST_PARTS + 1)
+    factor = min({Fraction(p, q) for p in parts for q in parts}, key=lambda rate: abs(rate - request.factor))
+    if not abs(factor - request.factor) <= 2e-3 * request.factor:
+        raise ValueError(
+            f"factor={request.factor:g} is no fraction p/q with p and q up to {MOST_PARTS}. Nearest: {factor}."
+        )
+    p, q = factor.numerator, factor.denominator
+    if F < 2 or not 0 < request.strength <= 1:
+        raise ValueError(
+            f"the video has {F} frames and strength={request.strength}: interpolating needs 2 frames at least, "
+            "and a strength above 0, 1 at most."
+        )
+    shown = (F - 1) * p + 1
+    T = _legal(shown, layout.codec.stride[0])
+    given_TxYxXx3, known_TxYxX = _canvas(request, T)
+    at_T = np.minimum(np.arange(T) / p, F - 1)
+    low_T = np.minimum(at_T.astype(int), F - 2)
+    share_Tx1x1x1 = (at_T - low_T)[:, None, None, None]
+    blend_TxYxXx3 = (1 - share_Tx1x1x1) * video_FxYxXx3[low_T] + share_Tx1x1x1 * video_FxYxXx3[low_T + 1]
+    given_TxYxXx3[:] = np.round(blend_TxYxXx3)
+    known_TxYxX[:shown:p] = True
+    some_n = _known_patches(known_TxYxX, layout, np.any)
+    start_n = np.where(some_n, request.strength, 1).astype(np.float32)
+    fine = dataclasses.replace(request, fps=request.fps * q)
+    task = _lay(fine, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
+    return dataclasses.replace(task, take=slice(0, shown, q))
+
+
+def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """As text to video, but each latent frame sees the prompt of its own time (that of its last frame)."""
+    check_request(request, layout)
+    time_j, prompts = np.array([t for t, _ in request.timeline], float), prompts_of(request)
+    if not len(time_j) or time_j[0] != 0 or (np.diff(time_j) <= 0).any():
+        raise ValueError(f"the timeline's times are {time_j.tolist()} s: they must start at 0 and ascend.")
+    first = dataclasses.replace(request, prompt=prompts[0])
+    task = _lay(first, layout, level_K, *_canvas(request, request.frames))
+    prompt_n = np.searchsorted(time_j, task.piece.pos_nx3[:, 0] + 1e-4, side="right") - 1
+    unseen = sorted(set(range(len(time_j))) - set(prompt_n))
+    if unseen:
+        times = np.unique(task.piece.pos_nx3[:, 0])
+        raise ValueError(
+            f"the timeline's prompt at {time_j[unseen[0]]:g} s is seen by nothing: frames={request.frames} at "
+            f"{request.fps:g} a second have latent frames at {', '.join(f'{t:g}' for t in times)} s, and each sees one "
+            f"prompt. Nearest: {times[np.abs(times - time_j[unseen[0]]).argmin()]:g} s, or more frames."
+        )
+    ids = [layout.tokenise(text) for text in prompts]
+    piece = dataclasses.replace(
+        task.piece,
+        ids_sxK=np.concatenate(ids),
+        prompt_s=np.repeat(np.arange(len(ids)), [len(i) for i in ids]),
+        prompt_n=prompt_n,
+    )
+    return dataclasses.replace(task, piece=piece)
+
+
+TASKS = {
+    "text": text_to_video,
+    "animate": animate,
+    "extend": extend,
+    "connect": connect,
+    "loop": loop,
+    "paint": paint,
+    "edit": edit,
+    "interpolate": interpolate,
+    "timeline": timeline,
+}
+
+
+def task_of(request: Request) -> str:
+    """What a request asks for, a key of TASKS or 'rollout'. Raises ValueError for another."""
+    task = request.task or ("text" if request.image_YxXx3 is None else "animate")
+    if task not in (*TASKS, "rollout"):
+        raise ValueError(f"task={task!r} is not known. Allowed: {', '.join(map(repr, (*TASKS, 'rollout')))}.")
+    return task
+
+
+def told(task: Task, layout: Layout) -> str:
+    """How much of what is given the model knows, in words; '' where it knows all of it.
+
+    Counted apart: whole frames that share a group of the codec's stride with frames that are not given, and pixels of
+    other patches that are given in part (masks are dilated to whole patches).
+    """
+    (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
+    known_n = task.level_Kxg[0][task.piece.group_n] == 0
+    seen_TxYxX = known_n.reshape(task.grid.shape).repeat(st * pt, 0)[st - 1 :].repeat(sy * py, 1).repeat(sx * px, 2)
+    unseen_TxYxX = (task.known_TxYxX & ~seen_TxYxX)[task.take]
+    whole_T = unseen_TxYxX.all((1, 2))
+    frames, pixels = int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum())
+    if not frames + pixels:
+        return ""
+    return (
+        f"the model knows {known_n.sum()} of {known_n.size} patches; unknown to it, and put back after decoding: "
+        f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
+        f"{sx * px}x{sy * py} that the mask touches"
+    )
+
+
+def prompts_of(request: Request) -> list[str]:
+    """All that a request asks to show."""
+    return [text for _, text in request.timeline] or [request.prompt]
+
+
+def finish(task: Task, video_TxYxXx3: np.ndarray) -> np.ndarray:
+    """The answer, uint8, from the decoded clip: what is given put back, surplus frames cut, the rest joined on."""
+    video_TxYxXx3 = np.where(task.known_TxYxX[..., None], task.given_TxYxXx3, video_TxYxXx3)[task.take]
+    ends = [end for end in (task.before_FxYxXx3, video_TxYxXx3, task.after_FxYxXx3) if end is not None]
+    return np.concatenate(ends)
+
+
+# A roll-out: a window of latent frames that moves along a long video.
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A roll-out between two chunks.
+
+    chunk: how many are done; first: the index in the long video of the window's first latent frame, which stands
+    there as a picture of its last frame does at the head of a clip; latents_TxYxXxC: as they are, noise included.
+    """
+
+    chunk: int
+    first: int
+    latents_TxYxXxC: np.ndarray
+
+
+def start_rollout(request: Request, layout: Layout) -> tuple[Task, Window]:
+    """The layout that all chunks share, and the window before the first: noise alone."""
+    _check_size(request, layout)
+    _check_levels("a roll-out", layout)
+    st, context = layout.codec.stride[0], _context(request, layout)
+    if request.frames < 1:
+        raise ValueError(f"frames={request.frames}: a roll-out makes 1 frame at least.")
+    if request.window != _legal(request.window, st) or rollout_latents(request, layout)[1] < 1:
+        nearest = max(_legal(request.window, st), _legal(context + 1, st))
+        raise ValueError(
+            f"window={request.window} must be 1 + {st}k frames (the codec's stride), more than context={context}. "
+            f"Nearest: {nearest}."
+        )
+    task = _lay(request, layout, np.ones(1, np.float32), *_canvas(request, request.window))
+    T = rollout_latents(request, layout)[0]
+    return task, Window(0, 0, np.stack([_latent_noise(request, layout, t) for t in range(T)]))
+
+
+def rollout_latents(request: Request, layout: Layout) -> tuple[int, int, int]:
+    """Latent frames of the window, those of them that come down at once, and those of the whole video."""
+    st = layout.codec.stride[0]
+    window = 1 + (request.window - 1) // st
+    return window, window - (1 + (_context(request, layout) - 1) // st), 1 + -(-(request.frames - 1) // st)
+
+
+def roll(task: Task, window: Window, active: int, steps: int, level_K: np.ndarray) -> Task:
+    """One chunk: a staircase of levels, each frame one stair further than the next, comes down by one stair.
+
+    Latent frame t begins its descent from level 1 in chunk t and ends it `active` chunks later at 0 (rolling
+    diffusion; Ruhe et al. 2024, sec. 3; diffusion forcing, Chen et al. 2024, fig. 2). steps: of one chunk.
+    """
+    t_g = window.first + np.arange(len(window.latents_TxYxXxC))
+    descent_Sxg = (window.chunk - t_g + np.arange(steps + 1)[:, None] / steps) / active
+    at_Sxg = np.clip(descent_Sxg, 0, 1) * (len(level_K) - 1)
+    level_Sxg = np.interp(at_Sxg, np.arange(len(level_K)), level_K).astype(np.float32)
+    x_nxP, _ = patchify(window.latents_TxYxXxC, task.grid.patch)
+    return dataclasses.replace(task, piece=dataclasses.replace(task.piece, x_nxP=x_nxP), level_Kxg=level_Sxg)
+
+
+def advance(request: Request, layout: Layout, window: Window, latents_TxYxXxC: np.ndarray):
+    """The window after a chunk, and the frames (float, in [-1, 1]) that became clean in it, or None.
+
+    It moves on by a latent frame as soon as it holds more clean ones than the context. What was its second frame
+    becomes the first: a picture of its last frame.
+    """
+    T, active, _ = rollout_latents(request, layout)
+    codec, chunk = layout.codec, window.chunk + 1
+    clean, done = chunk - active - window.first, None
+    if clean == 0:
+        done = codec.decode(latents_TxYxXxC[:1])
+    elif clean > 0:
+        done = codec.decode(latents_TxYxXxC[clean - 1 : clean + 1])[1:]
+    if clean + 1 <= T - active:
+        return Window(chunk, window.first, latents_TxYxXxC), done
+    picture_1xYxXxC = codec.encode(codec.decode(latents_TxYxXxC[:2])[-1:])
+    fresh_1xYxXxC = _latent_noise(request, layout, window.first + T)[None]
+    moved_TxYxXxC = np.concatenate([picture_1xYxXxC, latents_TxYxXxC[2:], fresh_1xYxXxC])
+    return Window(chunk, window.first + 1, moved_TxYxXxC), done
+
+
+def _latent_noise(request, layout, t):
+    _, sy, sx = layout.codec.stride
+    shape = request.height // sy, request.width // sx, layout.codec.channels
+    return np.random.default_rng((request.seed, t)).standard_normal(shape, np.float32)
+
+
+def _context(request, layout):
+    return 1 + layout.codec.stride[0] if request.context is None else max(request.context, 1)
+
+
+# What requests are held against.
 
 
 def check_request(request: Request, layout: Layout) -> None:
     """Raises ValueError for what cannot be laid out, naming the value and the nearest legal one."""
-    st, sy, sx = layout.codec.stride
+    st = layout.codec.stride[0]
     check_frames(request.frames, st)
     latents, pt = 1 + (request.frames - 1) // st, layout.patch[0]
     if latents % pt:
         nearest = " or ".join(str(1 + (n * pt - 1) * st) for n in (latents // pt, latents // pt + 1) if n)
         raise ValueError(f"frames={request.frames} cannot be cut into patches of {pt} latents. Nearest: {nearest}.")
-    for side, length, step in (
-        ("height", request.height, sy * layout.patch[1]),
-        ("width", request.width, sx * layout.patch[2]),
-    ):
-        if length <= 0 or length % step:
-            below = length // step * step
-            nearest = f"{below} or {below + step}" if below > 0 else f"{step}"
-            raise ValueError(f"{side}={length} cannot be cut into patches of {step} pixels. Nearest: {nearest}.")
-    if not (np.isfinite(request.fps) and request.fps > 0):
-        raise ValueError(f"fps={request.fps} is not a frame rate. Give frames per second above 0.")
+    _check_size(request, layout)
     image = request.image_YxXx3
     if image is not None and (image.dtype != np.uint8 or image.shape[2:] != (3,)):
         raise ValueError(f"the image is {image.dtype} {image.shape}; give uint8, height x width x 3 (RGB).")
@@ -77,39 +445,133 @@ def check_request(request: Request, layout: Layout) -> None:
         )
 
 
-def text_to_video(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
-    """All patches come from noise to clean together; one frame means a picture."""
-    check_request(request, layout)
-    piece, grid = _noise(request, layout)
-    return Task(piece, grid, np.repeat(level_K[:, None], piece.size[2], 1))
+def _check_size(request, layout):
+    _, sy, sx = layout.codec.stride
+    for side, length, step in (
+        ("height", request.height, sy * layout.patch[1]),
+        ("width", request.width, sx * layout.patch[2]),
+    ):
+        if length <= 0 or length % step:
+            below = length // step * step
+            nearest = f"{below} or {below + step}" if below > 0 else f"{step}"
+            raise ValueError(f"{side}={length} cannot be cut into patches of {step} pixels. Nearest: {nearest}.")
+    if not (np.isfinite(request.fps) and request.fps > 0):
+        raise ValueError(f"fps={request.fps} is not a frame rate. Give frames per second above 0.")
 
 
-def animate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
-    """The first frame is the request's image, at level 0 throughout; the rest comes from noise."""
-    check_request(request, layout)
+def _check_levels(what, layout):
     if layout.group_by != "frame" or layout.patch[0] != 1:
         raise ValueError(
-            "animating needs a level for each latent frame: data.group_by='frame' and model.patch=(1, y, x); "
+            f"{what} needs a level for each latent frame: data.group_by='frame' and model.patch=(1, y, x); "
             f"they are {layout.group_by!r} and {layout.patch}."
         )
-    piece, grid = _noise(request, layout)
-    latents_1xYxXxC = layout.codec.encode(to_float(request.image_YxXx3[None]))
-    known, _ = lay_out(latents_1xYxXxC, [0.0], layout.patch, layout.codec.stride[1:], piece.ids_sxK, request.seed)
-    x_nxP = np.concatenate([known.x_nxP, piece.x_nxP[len(known.x_nxP) :]])
-    level_Kxg = np.repeat(level_K[:, None], piece.size[2], 1)
-    level_Kxg[:, 0] = 0
-    return Task(dataclasses.replace(piece, x_nxP=x_nxP), grid, level_Kxg)
 
 
-def _noise(request: Request, layout: Layout) -> tuple[Piece, Grid]:
-    """The request's grid filled with noise of its own seed, before any packing."""
-    st, sy, sx = layout.codec.stride
-    shape = (1 + (request.frames - 1) // st, request.height // sy, request.width // sx, layout.codec.channels)
-    last_frame_T = np.arange(shape[0]) * st / request.fps
+def _check_new_frames(request):
+    for name, value in (("new_frames", request.new_frames), ("context", request.context)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: give 1 frame at least.")
+
+
+def _videos(request, layout, count, smaller=False):
+    """The request's videos. Raises ValueError unless they are `count` of its size (or, if `smaller`, within it)."""
+    _check_size(request, layout)
+    if len(request.videos) != count:
+        raise ValueError(f"task={task_of(request)!r} takes {count} videos; {len(request.videos)} are given.")
+    for video in request.videos:
+        if video.dtype != np.uint8 or video.ndim != 4 or video.shape[3] != 3 or not len(video):
+            raise ValueError(f"a video is {video.dtype} {video.shape}; give uint8, frames x height x width x 3 (RGB).")
+    sizes = [f"{video.shape[2]}x{video.shape[1]}" for video in request.videos]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"the videos are {' and '.join(sizes)} (WIDTHxHEIGHT): resize one to the other's size.")
+    height, width = request.videos[0].shape[1:3]
+    same = (height, width) == (request.height, request.width)
+    if not (same or (smaller and height <= request.height and width <= request.width)):
+        raise ValueError(
+            f"the video is {sizes[0]} and the clip {request.width}x{request.height} (WIDTHxHEIGHT): give the clip "
+            f"the video's size{', or a larger one' * smaller}, or resize the video."
+        )
+    return request.videos
+
+
+def _mask(request):
+    """mask_FxYxX of the request's video, True = make anew. Raises ValueError for one of another size or length."""
+    F, height, width, _ = request.videos[0].shape
+    mask_TxYxX = request.mask_TxYxX
+    if mask_TxYxX is None:
+        return np.zeros((F, height, width), bool)
+    if mask_TxYxX.dtype != bool or mask_TxYxX.ndim != 3:
+        raise ValueError(f"the mask is {mask_TxYxX.dtype} {mask_TxYxX.shape}; give bool, frames x height x width.")
+    if mask_TxYxX.shape[1:] != (height, width):
+        raise ValueError(
+            f"the mask is {mask_TxYxX.shape[2]}x{mask_TxYxX.shape[1]} and the video {width}x{height} (WIDTHxHEIGHT): "
+            f"give a mask of {width}x{height}."
+        )
+    if len(mask_TxYxX) not in (1, F):
+        raise ValueError(f"the mask has {len(mask_TxYxX)} frames and the video {F}: give {F}, or 1 for all.")
+    return np.broadcast_to(mask_TxYxX, (F, height, width))
+
+
+# From canvases to patches.
+
+
+def _legal(frames: int, stride: int) -> int:
+    """The next length that the codec takes."""
+    return 1 + -(-(frames - 1) // stride) * stride
+
+
+def _canvas(request, frames, *parts):
+    """given_TxYxXx3 (uint8) and known_TxYxX of a clip that holds each (first frame, video_FxYxXx3) of `parts`."""
+    given_TxYxXx3 = np.zeros((frames, request.height, request.width, 3), np.uint8)
+    known_TxYxX = np.zeros(given_TxYxXx3.shape[:3], bool)
+    for first, video_FxYxXx3 in parts:
+        at = slice(first, first + len(video_FxYxXx3))
+        given_TxYxXx3[at], known_TxYxX[at] = video_FxYxXx3, True
+    return given_TxYxXx3, known_TxYxX
+
+
+def _known_patches(known_TxYxX, layout, reduce=np.all):
+    """Of each patch in raster order, whether all of its pixels are known (or any: `reduce`)."""
+    (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
+    # The first latent frame holds the first frame alone.
+    known_TxYxX = np.concatenate([np.repeat(known_TxYxX[:1], st - 1, 0), known_TxYxX])
+    T, Y, X = known_TxYxX.shape
+    cells = known_TxYxX.reshape(T // (st * pt), st * pt, Y // (sy * py), sy * py, X // (sx * px), sx * px)
+    return reduce(cells, axis=(1, 3, 5)).ravel()
+
+
+def _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n=None) -> Task:
+    """A canvas as patches; start_n: the level that each patch starts from where it is not known, by default 1.
+
+    A group's schedule is level_K times what it starts from: known patches start at 0 and stay there.
+    """
+    (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
+    known_n = _known_patches(known_TxYxX, layout)
+    if known_TxYxX.any() and not known_n.any():
+        raise ValueError(
+            f"the model would see nothing of what is given: no patch of {st * pt} frames of {sx * px}x{sy * py} pixels "
+            "is given wholly. Give more frames, or a smaller mask."
+        )
+    start_n = np.where(known_n, 0, np.float32(1) if start_n is None else start_n).astype(np.float32)
+    if (start_n == 1).all():
+        T, Y, X = known_TxYxX.shape
+        latents_TxYxXxC = np.zeros((1 + (T - 1) // st, Y // sy, X // sx, layout.codec.channels), np.float32)
+    else:
+        latents_TxYxXxC = layout.codec.encode(to_float(given_TxYxXx3))
+    time_T = np.arange(len(latents_TxYxXxC)) * st / request.fps
     ids_sxK = layout.tokenise(request.prompt)
-    empty = np.zeros(shape, np.float32)
     piece, grid = lay_out(
-        empty, last_frame_T, layout.patch, (sy, sx), ids_sxK, request.seed & 0xFFFFFFFF, layout.group_by
+        latents_TxYxXxC, time_T, layout.patch, (sy, sx), ids_sxK, request.seed & 0xFFFFFFFF, layout.group_by
     )
+    # A group holds the patches of a frame (or of the clip) that start from one level.
+    of_g, group_n = np.unique(np.stack([piece.group_n, start_n], 1), axis=0, return_inverse=True)
     noise_nxP = np.random.default_rng(request.seed).standard_normal(piece.x_nxP.shape, np.float32)
-    return dataclasses.replace(piece, x_nxP=noise_nxP), grid
+    start_nx1 = start_n[:, None]
+    x_nxP = (1 - start_nx1) * piece.x_nxP + start_nx1 * noise_nxP
+    return Task(
+        piece=dataclasses.replace(piece, x_nxP=x_nxP, group_n=group_n.reshape(-1).astype(np.int32)),
+        grid=grid,
+        level_Kxg=level_K[:, None] * of_g[:, 1].astype(np.float32),
+        given_TxYxXx3=given_TxYxXx3,
+        known_TxYxX=known_TxYxX,
+    )

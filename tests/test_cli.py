@@ -18,7 +18,8 @@ from PIL import Image
 from test_trainer import tiny
 
 from dit_video import generate
-from dit_video.gallery import write_png
+from dit_video.data.decode import check, decode
+from dit_video.gallery import write_gif, write_png
 from dit_video.step import make_run
 from dit_video.trainer import parse_prompt
 
@@ -96,14 +97,25 @@ def sample_here(*given):
     [
         (["--size=50x32"], r"width=50 cannot be cut into patches of 8 pixels. Nearest: 48 or 56\."),
         (["--size=48x3"], r"height=3 cannot be cut into patches of 8 pixels. Nearest: 8\."),
-        (["--size=48"], r"--size='48' is not of the form WIDTHxHEIGHT"),
+        (["--size=48"], r"size='48' is not of the form WIDTHxHEIGHT"),
         (["--frames=10"], r"frames=10 cannot be encoded.*Nearest: 9 or 13\."),
         (["--fps=-1"], r"fps=-1.0 is not a frame rate"),
         (["--seed=1", "--seed=2", "--seed=3"], r"--seed was given 3 times for 2 prompts: give it once, or 2 times\."),
         (["--size=16x16", "--size=8x8", "--size=24x8"], r"--size was given 3 times for 2 prompts"),
-        (["--image=x.png"], r"--task=animate takes an --image, and no other task does"),
-        (["--task=animate"], r"--task=animate takes an --image"),
+        (["--image=x.png"], r"task=text takes no image; it belongs to animate"),
+        (["--task=animate"], r"task=animate needs image: give --image"),
         (["--task=animate", "--image=missing.png"], r"missing\.png"),
+        (["--task=extend"], r"task=extend needs video: give --video"),
+        (["--task=extend", "--video=missing.mp4"], r"missing\.mp4"),
+        (["--task=connect", "--video=a.mp4"], r"takes videos in pairs; --video was given 1 times"),
+        (["--factor=2"], r"task=text takes no factor; it belongs to interpolate"),
+        (
+            ["--task=edit", "--video=a.mp4", "--frames=9"],
+            r"task=edit takes no frames; it belongs to text, animate, loop",
+        ),
+        (["--task=timeline"], r"prompt='a' is not of the form 'SECONDS: prompt', such as '1.5: a red circle'"),
+        (["--task=rollout", "--window=12"], r"window=12 must be 1 \+ 4k frames .*Nearest: 13"),
+        (["--requests=r.jsonl"], r"--prompt goes with no --requests: write it in the lines of r.jsonl"),
         (["--workdir=runs/x"], r"give one of --workdir and --weights"),
         (["circle"], r"'circle' is no flag: put the whole prompt in quotes"),
     ],
@@ -163,6 +175,179 @@ def test_animated_picture_stays_the_first_frame(weights, tmp_path):
         f"--weights={weights}", "--task=animate", f"--image={tmp_path / 'first.png'}", "--frames=5", f"--out={tmp_path}"
     )
     assert (np.asarray(Image.open(tmp_path / "000.png")) == picture).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ("--task=animate --image=a.png", [{"task": "animate", "image": "a.png"}]),
+        (
+            "--task=extend --video=a.mp4 --direction=backward --new_frames=16",
+            [{"task": "extend", "video": "a.mp4", "direction": "backward", "new_frames": 16}],
+        ),
+        (
+            "--task=connect --video=a.mp4 --video=b.mp4 --new_frames=16",
+            [{"task": "connect", "video": ["a.mp4", "b.mp4"], "new_frames": 16}],
+        ),
+        ("--task=loop --video=a.mp4", [{"task": "loop", "video": "a.mp4"}]),
+        ("--task=loop --prompt=p --num=3", [{"task": "loop", "prompt": "p", "num": 3}]),
+        (
+            "--task=paint --video=a.mp4 --mask=box:1,2,3,4 --size=64x64",
+            [{"task": "paint", "video": "a.mp4", "mask": "box:1,2,3,4", "size": "64x64"}],
+        ),
+        ("--task=edit --video=a.mp4 --strength=0.6", [{"task": "edit", "video": "a.mp4", "strength": 0.6}]),
+        ("--task=interpolate --video=a.mp4 --factor=4", [{"task": "interpolate", "video": "a.mp4", "factor": 4.0}]),
+        ("--task=timeline --prompt=0:a --prompt=8:b", [{"task": "timeline", "prompt": ["0:a", "8:b"]}]),
+        ("--task=rollout --frames=320 --seed=7", [{"task": "rollout", "frames": 320, "seed": 7}]),
+        (
+            "--task=extend --video=a.mp4 --video=b.mp4 --prompt=p --fps=8 --fps=12",
+            [{"task": "extend", "video": v, "prompt": "p", "fps": fps} for v, fps in (("a.mp4", 8.0), ("b.mp4", 12.0))],
+        ),
+        ("--prompt=a --prompt=b --frames=5", [{"task": "text", "prompt": p, "frames": 5} for p in "ab"]),
+    ],
+)
+def test_flags_are_lines_of_requests(given, lines):
+    """What the flags ask for, in the form of --requests."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["sample", *given.split()])
+        assert SAMPLE.fields_from_flags() == [{"num": 1} | line for line in lines]
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """Two moving GIFs of random pixels and 9 frames, 24x16 and 32x16, their first frames, and a mask of 24x16."""
+    folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
+    for name, width in (("a", 24), ("b", 32)):
+        video = np.repeat(rng.integers(200, size=(9, 16, width, 1), dtype=np.uint8), 3, 3)  # a palette's worth of greys
+        write_gif(folder / f"{name}.gif", video, 8, 1)
+        write_png(folder / f"{name}.png", video[0])
+    mask = np.zeros((16, 24, 3), np.uint8)
+    mask[2:13, 8:15] = 255
+    write_png(folder / "mask.png", mask)
+    return folder
+
+
+def frames_of(path, **changes):
+    """A file's frames as they are decoded, TxYxXx3."""
+    found = check(path)[0]
+    how = {"time_T": found.stamps, "height": found.height, "width": found.width} | changes
+    return decode(found, 0.0, **how)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("connect a.gif b.gif", r"the videos are 24x16 and 32x16 .* both are resized to. Nearest: --size=24x16"),
+        ("extend a.gif --size=20x16", "width=20 .*Nearest: 16 or 24"),
+        ("extend a.gif --new_frames=0", "new_frames=0: give 1 frame at least"),
+        ("extend a.gif --fps=0", "fps=0.0 is not a frame rate"),
+        ("paint a.gif", "painting needs a mask, or a size larger than the video's 24x16"),
+        ("paint a.gif --mask=b.png", r"mask .*b.png is 32x16 and the video 24x16: give a mask of the video's size"),
+        ("paint a.gif --mask=b.gif", r"mask .*b.gif is 32x16 and the video 24x16"),
+        ("paint a.gif --mask=box:0,0,9", "mask='box:0,0,9' is not of the form box:y0,x0,y1,x1"),
+        ("paint a.gif --mask=box:4,4,20,30", r"video of 16x24 .* 9 frames. Nearest: box:4,4,16,24,0,9"),
+        ("edit a.gif --strength=1.5", "strength=1.5 is no level to start from. Choose above 0, and 1 at most"),
+        ("interpolate a.gif", "either a factor, frames out per frame in, or fps"),
+        ("interpolate a.gif --factor=0", "factor=0 is no multiple"),
+        ("interpolate a.gif --fps=29", "factor=3.625 is no fraction p/q with p and q up to 16. Nearest: 11/3"),
+        ("loop a.gif --frames=5", "frames=5 goes with no video: the video says how long"),
+    ],
+)
+def test_wrong_media_flags(weights, media, tmp_path, given, message):
+    """Both values and the nearest legal one, before anything is sampled."""
+    task, *words = given.split()
+    words = [word if word.startswith("--") else f"--video={media / word}" for word in words]
+    words = [w.replace("--mask=", f"--mask={media}/") if "--mask" in w and "box" not in w else w for w in words]
+    with pytest.raises(SystemExit, match=message) as error:
+        sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--task={task}", *words)
+    assert "\n" not in error.value.code and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"task": "text", "promt": "a"}', "r.jsonl, line 3: task=text takes no promt; allowed: task, prompt"),
+        ('{"task": "dream"}', "line 3: task='dream' is not known. Allowed: text, animate"),
+        ('["text"]', "line 3: .* is no JSON object"),
+        ('{"task": "text"', "line 3: "),
+        ('{"task": "text", "frames": "9"}', "line 3: frames='9' is no int"),
+        ('{"task": "text", "seed": -1}', "line 3: seed=-1 and num=1: give whole numbers, from 0 and from 1"),
+        ('{"task": "timeline", "prompt": "0: a"}', "line 3: task=timeline takes a list of prompts: '0: a'"),
+        ('{"task": "edit", "video": ["a.gif", "b.gif"]}', "line 3: task=edit takes 1 video; 2 were given"),
+    ],
+)
+def test_wrong_lines_of_requests(weights, tmp_path, line, message):
+    """The line's number, and what is wrong with it."""
+    (tmp_path / "r.jsonl").write_text('{"prompt": "a"}\n\n' + line)
+    with pytest.raises(SystemExit, match=message):
+        sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
+
+
+def test_every_task_from_lines_of_requests(weights, media, tmp_path):
+    """Many tasks in one file; what is known comes back from PNGs bit for bit; samples.json makes all of it again."""
+    a, b, mask = str(media / "a.gif"), str(media / "b.gif"), str(media / "mask.png")
+    lines = [
+        {"task": "animate", "image": str(media / "a.png"), "frames": 5, "prompt": "p"},
+        {"task": "extend", "video": a, "new_frames": 3, "num": 2, "seed": 4},
+        {"task": "extend", "video": a, "new_frames": 3, "direction": "backward"},
+        {"task": "connect", "video": [a, b], "new_frames": 4, "size": "24x16"},
+        {"task": "paint", "video": a, "mask": mask},
+        {"task": "paint", "video": a, "mask": "box:2,8,13,15,0,9", "size": "40x16"},
+        {"task": "edit", "video": a, "mask": mask, "strength": 0.5, "guidance": 1.0},
+        {"task": "interpolate", "video": a, "factor": 2},
+        {"task": "timeline", "prompt": ["0: p", "0.5: q"]},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    how = [f"--weights={weights}", "--save=png", "--steps=1"]
+    sample_here(*how, f"--requests={tmp_path / 'r.jsonl'}", f"--out={tmp_path / 'one'}")
+    made = json.loads((tmp_path / "one" / "samples.json").read_text())["samples"]
+    assert [(s["task"], s["frames"], s["seed"]) for s in made] == [
+        ("animate", 5, 0), ("extend", 12, 4), ("extend", 12, 5), ("extend", 12, 0), ("connect", 22, 0),
+        ("paint", 9, 0), ("paint", 9, 0), ("edit", 9, 0), ("interpolate", 17, 0), ("timeline", 13, 0),
+    ]  # fmt: skip
+    assert (made[8]["fps"], made[8]["width"], made[6]["width"]) == (16.0, 24, 40)
+    read = lambda folder, s: np.stack([np.asarray(Image.open(p)) for p in sorted((folder / s["name"]).glob("*.png"))])
+    one = [read(tmp_path / "one", s) for s in made]
+    video, known = frames_of(a), np.asarray(Image.open(mask))[..., 0] == 0
+    for found, wanted in (
+        (one[0][0], np.asarray(Image.open(media / "a.png"))), (one[1][:9], video), (one[2][:9], video),
+        (one[3][-9:], video), (one[4][:9], video), (one[4][-9:], frames_of(b, height=16, width=24)),
+        (one[5][:, known], video[:, known]), (one[6][:, :, 8:32][:, known], video[:, known]),
+        (one[7][:, known], video[:, known]), (one[8][::2], video),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(found, wanted)
+    assert (one[1][9:] != one[2][9:]).any()
+
+    (tmp_path / "again.jsonl").write_text("\n".join(json.dumps(s["request"]) for s in made))
+    sample_here(*how, f"--requests={tmp_path / 'again.jsonl'}", f"--out={tmp_path / 'two'}")
+    for s, first in zip(json.loads((tmp_path / "two" / "samples.json").read_text())["samples"], one, strict=True):
+        np.testing.assert_array_equal(read(tmp_path / "two", s), first)
+
+
+def test_real_media(weights, shared, tmp_path):
+    """Files of several codecs, resized and at another frame rate: identity is with the frames as they are decoded."""
+    clips = shared / "clips"
+    paths = [clips / "videos" / "m3_bbb_tree_176x144_mpeg4.mp4", clips / "videos" / "m3_bear_161x121_vp9.webm"]
+    picture = next((clips / "images").glob("*.jpg"), None)
+    if picture is None or not all(path.exists() for path in paths):
+        pytest.skip(f"no real media at {clips}")
+    lines = [
+        {"task": "extend", "video": str(paths[0]), "size": "24x16", "fps": 8, "new_frames": 4},
+        {"task": "loop", "video": str(paths[1]), "size": "24x16", "fps": 4, "new_frames": 4},
+        {"task": "animate", "image": str(picture), "size": "16x24", "frames": 5},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    sample_here(
+        f"--weights={weights}", "--save=png", "--steps=1", f"--requests={tmp_path / 'r.jsonl'}", f"--out={tmp_path}"
+    )
+    made = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    for s, path, fps in zip(made, [*paths, picture], (8, 4, 1), strict=True):
+        last = check(path)[0].stamps[-1]
+        time_T = np.arange(int(last * fps + 1e-3) + 1) / fps
+        wanted = frames_of(path, time_T=time_T, height=s["height"], width=s["width"])
+        found = [np.asarray(Image.open(p)) for p in sorted((tmp_path / s["name"]).glob("*.png"))]
+        assert len(found) == len(wanted) + 4
+        np.testing.assert_array_equal(found[: len(wanted)], wanted)
 
 
 def test_gallery_prompts_are_read():

@@ -106,7 +106,7 @@ def test_clips_of_more_tokens_are_shifted_further():
     """By sqrt(patches / shift_tokens), so that at equal draws the level rises with the number of patches."""
     batch, places = lay(ROWS)
     plain, shifted = (
-        np.asarray(draw_levels(KEY, batch.patches, known_first=0.0, shift_tokens=tokens)[0].level_BxG)
+        np.asarray(draw_levels(KEY, batch.patches, mixture={"first": 0.0}, shift_tokens=tokens)[0].level_BxG)
         for tokens in (0.0, 4.0)
     )
     rise = {}
@@ -121,7 +121,7 @@ def test_clips_of_more_tokens_are_shifted_further():
 @jax.jit
 def draw(key, batch):
     """What training draws: patches with levels, weight_BxG, noise_BxNxP, drop_BxS."""
-    patches, weight_BxG = draw_levels(key, batch.patches, known_first=0.5, shift_tokens=8.0)
+    patches, weight_BxG = draw_levels(key, batch.patches, mixture={"first": 0.5}, shift_tokens=8.0)
     return patches, weight_BxG, flow.patch_noise(key, patches.uid_BxN, P), drop_prompts(key, batch, 0.5)
 
 
@@ -183,8 +183,8 @@ def test_streams_are_told_apart_by_name():
 def test_known_first_frames_are_clean_and_weigh_nothing():
     """Of clips of more than one frame; all other groups keep their level and their weight."""
     batch, places = lay(ROWS)
-    known, weight_BxG = draw_levels(KEY, batch.patches, known_first=1.0)
-    plain, ones_BxG = draw_levels(KEY, batch.patches, known_first=0.0)
+    known, weight_BxG = draw_levels(KEY, batch.patches, mixture={"first": 1.0})
+    plain, ones_BxG = draw_levels(KEY, batch.patches, mixture={"first": 0.0})
     seg_BxG = batch.patches.seg_BxG
     first_BxG = np.zeros(seg_BxG.shape, bool)
     for clip, b, seg in places:
@@ -204,10 +204,152 @@ def test_known_first_frames_come_as_often_as_asked():
         for clip in range(1000)
     ]
     rows = [pieces[i : i + 50] for i in range(0, 1000, 50)]
-    patches, weight_BxG = draw_levels(KEY, pack(rows, 100, 100, 50)[0].patches, known_first=0.3)
+    patches, weight_BxG = draw_levels(KEY, pack(rows, 100, 100, 50)[0].patches, mixture={"first": 0.3})
     known = np.asarray(weight_BxG).reshape(-1, 2)[:, 0] == 0
     assert abs(known.mean() - 0.3) < 0.05
     assert abs(np.corrcoef(known, np.asarray(patches.level_BxG).reshape(-1, 2)[:, 1])[0, 1]) < 0.1
+
+
+# What is known of a clip
+
+
+MANY = 400  # clips of 5 latent frames of 4 x 6 patches, 20 to a row
+
+
+@pytest.fixture(scope="module")
+def many():
+    """A Batch of MANY clips."""
+    latents, ids_sxK = np.zeros((5, 4, 6, 1), np.float32), np.ones((1, 1), np.int32)
+    pieces = [lay_out(latents, np.arange(5) / 2, (1, 1, 1), (8, 8), ids_sxK, uid)[0] for uid in range(MANY)]
+    return pack([pieces[i : i + 20] for i in range(0, MANY, 20)], 2400, 100, 20)[0]
+
+
+@pytest.fixture(scope="module")
+def mixed(many):
+    """Kind -> level and weight of each patch, n x T x Y x X, and group_BxN, where all clips are of it; '' = of none.
+
+    'all' has the configs' own shares. One program for all.
+    """
+
+    @jax.jit
+    def settle(patches):
+        out = {}
+        for kind in ("", *flow.KINDS, "all"):
+            shares = (
+                base.EVERY_TASK if kind == "all" else dict.fromkeys(flow.KINDS, 0.0) | ({kind: 1.0} if kind else {})
+            )
+            drawn, weight_BxG = flow.draw_levels(KEY, patches, mixture_config(shares))
+            each = flow.per_patch(drawn.level_BxG, drawn), flow.per_patch(weight_BxG, drawn), drawn.group_BxN
+            out[kind] = tuple(a.reshape(-1, 5, 4, 6) for a in each)
+        return out
+
+    return jax.tree.map(np.asarray, settle(many.patches))
+
+
+def mixture_config(shares):
+    settings = base.get_config().flow
+    settings.mixture.update(shares)
+    return settings
+
+
+FRAME_SETS = {  # of 5 latent frames, all the sets that may be known
+    "first": [{0}],
+    "prefix": [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}],
+    "light": [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}],
+    "suffix": [{4}, {3, 4}, {2, 3, 4}, {1, 2, 3, 4}],
+    "ends": [{0, 1, 2, 4}, {0, 1, 3, 4}, {0, 2, 3, 4}, {0, 1, 4}, {0, 3, 4}, {0, 4}],
+    "every": [{0, 2, 4}, {0, 3}],
+    "forcing": [set()],
+}
+
+
+@pytest.mark.parametrize("kind", FRAME_SETS)
+def test_known_frames_are_of_their_kind(mixed, kind):
+    """All sets of frames that a kind names are drawn, and no other; whole frames; weight 0 where known, else 1."""
+    level, weight, _ = mixed[kind]
+    assert (level == level[:, :, :1, :1]).all() and (weight == weight[:, :, :1, :1]).all()
+    level_nxT, weight_nxT = level[:, :, 0, 0], weight[:, :, 0, 0]
+    found = {tuple(np.flatnonzero(row == 0)) for row in weight_nxT}
+    assert found == {tuple(sorted(frames)) for frames in FRAME_SETS[kind]} and set(weight_nxT.ravel()) <= {0, 1}
+    known = weight_nxT == 0
+    if kind == "light":
+        assert 0 < level_nxT[known].min() and 0.15 < level_nxT[known].max() < base.get_config().flow.light
+    else:
+        assert (level_nxT[known] == 0).all()
+    plain = mixed[""][0][:, :, 0, 0]
+    if kind == "forcing":
+        assert len(np.unique(level_nxT)) > 0.99 * level_nxT.size
+        np.testing.assert_allclose(
+            np.quantile(level_nxT, [0.2, 0.5, 0.8]), np.quantile(plain, [0.2, 0.5, 0.8]), atol=0.05
+        )
+        assert abs(np.corrcoef(level_nxT[:, 0], level_nxT[:, 1])[0, 1]) < 0.15
+    else:
+        np.testing.assert_array_equal(level_nxT[~known], plain[~known])
+
+
+def is_box(there_TxYxX):
+    """Whether what is there fills the box that it spans, and there is something."""
+    places_kx3 = np.argwhere(there_TxYxX)
+    return len(places_kx3) > 0 and len(places_kx3) == np.prod(np.ptp(places_kx3, 0) + 1)
+
+
+def test_boxes_are_boxes(mixed):
+    """Unknown is a box in space and time, or, in three of ten, all but one; the rest is clean. Two groups to a clip."""
+    level, weight, groups = mixed["box"]
+    unknown, plain, out, whole, places = weight > 0, mixed[""][0], 0, 0, []
+    np.testing.assert_array_equal(level, np.where(unknown, plain, 0))
+    for clip in unknown:
+        boxed = clip if is_box(clip) else ~clip
+        assert is_box(boxed) and not boxed.all()
+        t, y, x = np.nonzero(boxed)
+        if boxed is clip:
+            whole += set(t) == set(range(5))
+        else:
+            out += 1
+            assert (clip == clip[:1]).all()
+        places.append((y.min(), y.max(), x.min(), x.max()))
+    assert 0.2 < out / MANY < 0.4 and 0.3 < whole / MANY < 0.8
+    assert len(set(places)) > 40
+    for i, mine in enumerate(groups):
+        assert set(mine.ravel()) <= {5 * (i % 20), 5 * (i % 20) + 1}
+
+
+def test_kinds_come_as_often_as_asked(mixed):
+    """By what is known: of the configs' own shares, half of the clips have one level and nothing known."""
+    shares = base.EVERY_TASK
+    assert sum(shares.values()) <= 0.5 and set(shares) == set(flow.KINDS)
+    level, weight, _ = mixed["all"]
+    one = (level == level[:, :1, :1, :1]).all((1, 2, 3)) & (weight == 1).all((1, 2, 3))
+    assert abs(one.mean() - (1 - sum(shares.values()))) < 0.08
+    forced = (weight == 1).all((1, 2, 3)) & ~one
+    boxed = (weight != weight[:, :, :1, :1]).any((1, 2, 3))
+    assert abs(forced.mean() - shares["forcing"]) < 0.05 and abs(boxed.mean() - shares["box"]) < 0.05
+
+
+def test_mixed_levels_hang_on_the_clips_name_alone():
+    """Of each patch, for every kind at once: packed equals alone; clips of one latent frame have nothing known."""
+    shares = dict.fromkeys(flow.KINDS, 1 / len(flow.KINDS))
+    settle = jax.jit(lambda patches: flow.draw_levels(KEY, patches, mixture_config(shares)))
+
+    def found(rows):
+        batch, places = lay(rows)
+        patches, weight_BxG = settle(batch.patches)
+        level_BxN, weight_BxN = (np.asarray(flow.per_patch(v, patches)) for v in (patches.level_BxG, weight_BxG))
+        at = lambda b, seg: batch.patches.seg_BxN[b] == seg
+        return {clip: (level_BxN[b, at(b, seg)], weight_BxN[b, at(b, seg)]) for clip, b, seg in places}
+
+    alone = found(ALONE)
+    for rows in (ROWS, [[], [2, 0], [], [], [4, 1, 5], [3]]):
+        for clip, values in found(rows).items():
+            np.testing.assert_array_equal(values, alone[clip])
+    assert all((alone[clip][1] == 1).all() for clip in (1, 4))
+    assert any((alone[clip][1] == 0).any() for clip in (0, 2, 3, 5))
+
+
+def test_shares_that_are_none_are_refused(many):
+    for shares in ({"first": -0.1}, {"first": 0.6, "box": 0.5}):
+        with pytest.raises(ValueError, match=r"flow.mixture's shares \[.*\] sum to (-0.1|1.1). Give shares from 0"):
+            flow.draw_levels(KEY, many.patches, mixture_config(shares))
 
 
 # The loss

@@ -14,7 +14,7 @@ LAYERS = (
     {"sampling"},
     {"model", "tasks", "data"},
     {"weights", "evaluation"},
-    {"generate", "step"},
+    {"generate", "step", "requests"},
     {"meter"},
     {"trainer"},
     {"train", "sample", "evaluate"},

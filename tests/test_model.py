@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import dit_video
+from configs import dit
 from dit_video import patches as pt
 from dit_video.attention import attend as attend_eagerly
 from dit_video.attention import spread
@@ -114,6 +115,22 @@ def test_sizes_and_macs_are_the_published_ones(shared):
         }
         assert sum(w.size for w in jax.tree.leaves(params)) == golden["params_trainable"], name
         assert macs(model, [N], [1]) == golden["macs_formula"], name
+
+
+@pytest.mark.parametrize("modulation", ["block", "shared"])
+@pytest.mark.parametrize("size", dit.SIZES)
+def test_a_level_for_each_of_many_groups_stays_cheap(size, modulation):
+    """32 groups in a row of 1024 patches: all modulation is at most 3% of a training step's matrix products.
+
+    A step is three forward passes' worth; to it come, in the backward pass, the products with the groups' one-hot that
+    sum each modulation's gradient over the group's patches.
+    """
+    depth, D, heads = dit.SIZES[size]
+    clips, N, G = [128] * 8, 1024, 32
+    model = DiT(16, 16, D, depth, heads, 4 * D, modulation=modulation, text="pooled", text_width=D, level_scale=1000.0)
+    step = 3 * macs(model, clips, groups=G)
+    modulated = step - 3 * macs(model, clips, groups=0) + N * G * D * (6 * depth + 2)
+    assert modulated <= 0.03 * step
 
 
 # Exactness of packing

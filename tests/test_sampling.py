@@ -12,7 +12,7 @@ import pytest
 
 from dit_video.attention import spread
 from dit_video.patches import Patches
-from dit_video.sampling import flow_match_levels, guided, sample, uniform_levels, unipc_levels
+from dit_video.sampling import flow_match_levels, guided, recalled, sample, uniform_levels, unipc_levels
 from experiments.parity import schedules
 
 B, N, P, G = 2, 12, 3, 3
@@ -265,6 +265,24 @@ def test_guidance_extrapolates_from_without_to_with_the_condition():
     scales = np.array([1.0, 4.0, 0.5])
     v, v_c, v_u = guide(scales)
     np.testing.assert_allclose(v, v_u + scales[GROUP_BxN][..., None] * (v_c - v_u), atol=1e-5)
+
+
+def test_guidance_by_what_is_known_extrapolates_from_without_it():
+    """Without: the known groups hold noise at level 1. Scale 1 is no guidance; other groups' levels are untouched."""
+    level_BxG, known_BxG = np.float32([[0, 0.5, 0.7], [0.4, 0.6, 0]]), np.array([[1, 0, 0], [0, 0, 1]], bool)
+    patches = dataclasses.replace(noise_patches(), level_BxG=level_BxG)
+    noise_BxNxP = np.random.default_rng(5).normal(size=(B, N, P)).astype(np.float32)
+    mixes = lambda p: jnp.tanh(p.x_BxNxP + p.x_BxNxP.mean(1, keepdims=True)) + p.level_BxG.sum(-1)[:, None, None]
+    known_BxNx1 = np.take_along_axis(known_BxG, GROUP_BxN, 1)[..., None]
+    forgotten = dataclasses.replace(
+        patches,
+        x_BxNxP=np.where(known_BxNx1, noise_BxNxP, patches.x_BxNxP),
+        level_BxG=np.float32([[1, 0.5, 0.7], [0.4, 0.6, 1]]),
+    )
+    v, v_0 = mixes(patches), mixes(forgotten)
+    for scale in (0.0, 1.0, 2.5):
+        found = jax.jit(recalled(mixes, known_BxG, noise_BxNxP, scale))(patches)
+        np.testing.assert_allclose(found, v_0 + scale * (v - v_0), atol=1e-5)
 
 
 def test_guidance_acts_within_its_interval_of_levels():

@@ -14,9 +14,9 @@ from dit_video import generate
 from dit_video.codecs import make_codec, to_float
 from dit_video.model import make_model
 from dit_video.patches import Cond, lay_out, pack, unpatchify
-from dit_video.sampling import uniform_levels
+from dit_video.sampling import sample, uniform_levels
 from dit_video.sharding import make_mesh
-from dit_video.tasks import Layout, Request, animate, check_request, text_to_video
+from dit_video.tasks import TASKS, Layout, Request, animate, check_request, finish, start_rollout, text_to_video, told
 from dit_video.text import make_text
 
 LEVEL_K = uniform_levels(3)
@@ -145,6 +145,316 @@ def test_layouts_that_cannot_serve_a_request_are_refused():
             animate(ANIMATION, dataclasses.replace(layout, **change), LEVEL_K)
 
 
+# What videos give
+
+NEW = 7  # no pixel of a given video has this value: it marks what a task makes
+
+
+def video_of(frames, width=24, height=16, seed=0):
+    """Random pixels, none of them NEW."""
+    return np.random.default_rng(seed).integers(8, 256, (frames, height, width, 3)).astype(np.uint8)
+
+
+V, W = video_of(10), video_of(9, seed=1)
+MASK = np.zeros((1, 16, 24), bool)
+MASK[:, 5:13, 9:20] = True
+ALL_TASKS = {
+    "text": Request("a", 24, 16, 9),
+    "animate": Request("a", 24, 16, 9, image_YxXx3=V[0]),
+    "forward": Request("a", 24, 16, task="extend", videos=(V,), new_frames=6),
+    "forward, in sight of 3": Request("a", 24, 16, task="extend", videos=(V,), new_frames=1, context=3),
+    "backward": Request("a", 24, 16, task="extend", videos=(V,), new_frames=6, direction="backward"),
+    "connect": Request("a", 24, 16, task="connect", videos=(V, W), new_frames=6),
+    "connect, in sight of 5": Request("a", 24, 16, task="connect", videos=(V, W), new_frames=8, context=5),
+    "loop": Request("a", 24, 16, task="loop", videos=(V,), new_frames=6),
+    "in-painting": Request("a", 24, 16, task="paint", videos=(V,), mask_TxYxX=MASK),
+    "out-painting": Request("a", 40, 24, task="paint", videos=(V,)),
+    "both": Request("a", 48, 16, task="paint", videos=(V,), mask_TxYxX=MASK),
+    "edit": Request("a", 24, 16, task="edit", videos=(V,)),
+    "masked edit": Request("a", 24, 16, task="edit", videos=(V,), mask_TxYxX=np.repeat(MASK, 10, 0)),
+    "interpolate": Request("a", 24, 16, task="interpolate", videos=(W,), factor=4, fps=32.0),
+    "frame rate": Request("a", 24, 16, task="interpolate", videos=(W,), factor=1.5, fps=12.0),
+    "timeline": Request("", 24, 16, 9, task="timeline", timeline=((0, "a b"), (0.5, "c d e"))),
+}
+
+
+def laid(request, **changes):
+    return TASKS[request.task or "text"](request, dataclasses.replace(layout_of(tiny_config()), **changes), LEVEL_K)
+
+
+def expected(name):
+    """The answer's frames as floats: what each task must give back, NaN where it makes them."""
+    r, outside = ALL_TASKS[name], ~MASK[0]
+    frames = {"text": 9, "animate": 9, "timeline": 9, "forward, in sight of 3": 11, "connect": 25, "interpolate": 33}
+    frames |= {"forward": 16, "backward": 16, "loop": 16, "connect, in sight of 5": 27, "frame rate": 13}
+    made = np.full((frames.get(name, 10), r.height, r.width, 3), np.nan)
+    if name == "animate":
+        made[0] = V[0]
+    elif name == "backward":
+        made[-10:] = V
+    elif r.task in ("extend", "connect", "loop"):
+        made[:10] = V
+        made[len(made) - 9 :] = W if r.task == "connect" else made[len(made) - 9 :]
+    elif name == "out-painting":
+        made[:, 0:16, 8:32] = V
+    elif name == "both":
+        made[:, :, 16:40][:, outside] = V[:, outside]  # from 12, to a whole patch
+    elif r.mask_TxYxX is not None:
+        made[:, outside] = V[:, outside]
+    elif r.task == "interpolate":
+        made[:: 4 if name == "interpolate" else 3] = W[:: 1 if name == "interpolate" else 2]
+    return made
+
+
+def made_by(name, answer):
+    """The values of an answer that its task made, after all that it was given was found to be there bit for bit."""
+    wanted = expected(name)
+    assert answer.shape == wanted.shape and answer.dtype == np.uint8
+    known = ~np.isnan(wanted)
+    np.testing.assert_array_equal(answer[known], wanted[known], err_msg=name)
+    return answer[~known]
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_what_is_given_is_put_back_and_only_that(name):
+    """Whatever is decoded: a clip of one value comes back with that value wherever nothing was given."""
+    request = ALL_TASKS[name]
+    task = animate(request, layout_of(tiny_config()), LEVEL_K) if name == "animate" else laid(request)
+    T, Y, X = task.grid.shape
+    answer = finish(task, np.full((1 + 4 * (T - 1), 8 * Y, 8 * X, 3), NEW, np.uint8))
+    assert (made_by(name, answer) == NEW).all()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_known_patches_never_move(solver):
+    """All tasks in one row, and a velocity that is no number there: their bits stay, every other patch moves."""
+    layout = layout_of(tiny_config())
+    tasks = [animate(r, layout, LEVEL_K) if r.image_YxXx3 is not None else laid(r) for r in ALL_TASKS.values()]
+    sizes = np.array([task.piece.size for task in tasks]).sum(0)
+    batch, _ = pack([[task.piece for task in tasks]], sizes[0], sizes[2], sizes[1])
+    level_KxBxG = np.concatenate([task.level_Kxg for task in tasks], 1)[:, None]
+    rng = np.random.default_rng(0)
+    known_n = np.concatenate([task.level_Kxg[0, task.piece.group_n] == 0 for task in tasks])
+    velocity_BxNxP = np.where(known_n[:, None], np.nan, 1 + rng.uniform(size=batch.patches.x_BxNxP.shape))
+    moved = sample(lambda p: velocity_BxNxP.astype(np.float32), batch.patches, level_KxBxG, solver)
+    x_nxP = np.concatenate([task.piece.x_nxP for task in tasks])
+    assert 0.2 < known_n.mean() < 0.8
+    np.testing.assert_array_equal(np.asarray(moved.x_BxNxP)[0][known_n], x_nxP[known_n])
+    assert (np.asarray(moved.x_BxNxP)[0][~known_n] != x_nxP[~known_n]).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_TASKS if name not in ("text", "timeline")])
+def test_the_model_sees_the_given_pixels_and_no_others(name):
+    """A patch is known iff all of its pixels are given; it then holds them, and stays at level 0."""
+    request, layout = ALL_TASKS[name], layout_of(tiny_config())
+    task = animate(request, layout, LEVEL_K) if name == "animate" else laid(request)
+    known_n = task.level_Kxg[:, task.piece.group_n].max(0) == 0
+    clean, _ = lay_out(layout.codec.encode(to_float(task.given_TxYxXx3)), range(99), layout.patch, (1, 1), [[0]], 0)
+    np.testing.assert_array_equal(task.piece.x_nxP[known_n], clean.x_nxP[known_n])
+    assert (task.piece.x_nxP[~known_n] != clean.x_nxP[~known_n]).any(1).all()
+    for n, (t, y, x) in enumerate(np.ndindex(task.grid.shape)):
+        frames = slice(max(4 * t - 3, 0), 4 * t + 1)
+        pixels = task.known_TxYxX[frames, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8]
+        assert pixels.all() == known_n[n]
+    assert (known_n.any() and not known_n.all()) or name == "edit"
+
+
+def test_what_the_model_does_not_know_of_the_given_is_counted():
+    """By hand: frames apart from pixels; nothing is said where all is known."""
+    layout = layout_of(tiny_config())
+    for name in ("text", "animate", "forward", "backward", "out-painting", "edit", "connect, in sight of 5"):
+        request = ALL_TASKS[name]
+        task = animate(request, layout, LEVEL_K) if name == "animate" else laid(request)
+        assert told(task, layout) == "", name
+    # After 9 known frames and 6 new ones, frame 15 starts within the group of 13 ... 16.
+    assert "knows 24 of 36 patches" in told(laid(ALL_TASKS["connect"]), layout)
+    assert ": 2 given frames in groups of 4" in told(laid(ALL_TASKS["connect"]), layout)
+    # Patches are 3 by 2 in a frame; the mask, 8 by 11 pixels, touches the right 2 by 2 of them, 16 by 16 pixels.
+    painted, interpolated = told(laid(ALL_TASKS["in-painting"]), layout), told(laid(ALL_TASKS["interpolate"]), layout)
+    assert "knows 8 of 24 patches" in painted and " 0 given frames in groups of 4 that are given in part" in painted
+    assert f" {10 * (256 - 88)} given pixels in patches of 8x8 that the mask touches" in painted
+    assert ": 8 given frames in groups of 4 that are given in part, 0 given pixels" in interpolated
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("new", range(1, 10))
+def test_extending_by_any_number(direction, new):
+    """The next legal length is laid out, no more; the new frames touch known ones; their times are one clip's."""
+    for F in (4, 5, 7, 9):
+        request = Request("a", 24, 16, task="extend", videos=(V[:F],), new_frames=new, direction=direction, fps=4.0)
+        task = laid(request)
+        T = 1 + 4 * (task.grid.shape[0] - 1)
+        seen = (1 + (F - 1) // 4 * 4) if direction == "forward" else F // 4 * 4
+        assert seen + new <= T < seen + new + 4
+        np.testing.assert_array_equal(np.unique(task.piece.pos_nx3[:, 0]), np.arange(0, T, 4) / 4)
+        known_T = task.known_TxYxX.all((1, 2))
+        np.testing.assert_array_equal(
+            np.flatnonzero(known_T), np.arange(T)[:seen] if direction == "forward" else np.arange(T)[-seen:]
+        )
+        assert len(finish(task, np.zeros((T, 16, 24, 3), np.uint8))) == F + new
+
+
+def test_a_loop_leads_from_the_end_to_the_beginning():
+    """Its canvas: the video's last frames, then new ones, then the video's first, at one frame rate."""
+    for new in (4, 6, 8):
+        task = laid(dataclasses.replace(ALL_TASKS["loop"], new_frames=new, fps=4.0))
+        known_T = task.known_TxYxX.all((1, 2))
+        head, tail = np.flatnonzero(known_T)[:5], np.flatnonzero(known_T)[5:]
+        np.testing.assert_array_equal(head, range(5))
+        np.testing.assert_array_equal(tail, range(5 + new, len(known_T)))
+        np.testing.assert_array_equal(task.given_TxYxXx3[head], V[-5:])
+        np.testing.assert_array_equal(task.given_TxYxXx3[tail], V[: len(tail)])
+        np.testing.assert_array_equal(np.unique(task.piece.pos_nx3[:, 0]), np.arange(0, len(known_T), 4) / 4)
+        assert task.level_Kxg[0, task.piece.group_n][task.piece.frame_n == task.piece.frame_n.max()].max() == 0
+
+
+def test_an_edit_starts_between_the_video_and_noise():
+    """z = (1 - s) x + s e with the request's own noise; all levels fall from s to 0; strength 1 is text to video."""
+    edit = lambda s: laid(dataclasses.replace(ALL_TASKS["edit"], strength=s)).piece.x_nxP
+    layout = layout_of(tiny_config())
+    video = layout.codec.encode(to_float(np.concatenate([V, np.repeat(V[-1:], 3, 0)])))
+    x_nxP = lay_out(video, range(4), layout.patch, (1, 1), [[0]], 0)[0].x_nxP
+    e_nxP = text_to_video(Request("a", 24, 16, 13), layout, LEVEL_K).piece.x_nxP
+    np.testing.assert_array_equal(edit(1.0), e_nxP)
+    np.testing.assert_allclose(edit(0.25), 0.75 * x_nxP + 0.25 * e_nxP, atol=1e-6)
+    levels = laid(dataclasses.replace(ALL_TASKS["edit"], strength=0.25)).level_Kxg
+    np.testing.assert_allclose(levels, 0.25 * np.repeat(LEVEL_K[:, None], 4, 1))
+
+
+def test_interpolation_lies_at_the_finer_rate():
+    """At 1.5 times 8 frames a second, 24 a second are laid out and every other is taken."""
+    task = laid(ALL_TASKS["frame rate"])
+    np.testing.assert_allclose(np.unique(task.piece.pos_nx3[:, 0]), np.arange(0, 25, 4) / 24, atol=1e-6)
+    assert task.take == slice(0, 25, 2)
+    np.testing.assert_array_equal(task.given_TxYxXx3[:25:3], W)
+    # Where a group holds no known frame, it comes from noise; where one or two, from the blend at `strength`.
+    apart = laid(dataclasses.replace(ALL_TASKS["interpolate"], factor=8))
+    start_g = apart.level_Kxg[0]
+    np.testing.assert_array_equal(start_g, [0, *[1, np.float32(0.6)] * 8])
+
+
+def test_patches_of_a_timeline_see_the_prompt_of_their_time():
+    """Packed among others: by the tokens that bear their prompt's number."""
+    layout = layout_of(tiny_config())
+    three = Request("", 24, 16, 17, 8.0, task="timeline", timeline=((0, "a"), (0.5, "b c"), (1.9, "d e f")))
+    tasks = [laid(ALL_TASKS["timeline"]), laid(ALL_TASKS["text"]), laid(three)]
+    batch, places = pack([[task.piece for task in tasks]], 128, 32, 32)
+    expected = [{0: "a b", 0.5: "c d e", 1.0: "c d e"}, dict.fromkeys((0, 0.5, 1.0), "a")]
+    expected += [{0: "a", 0.5: "b c", 1.0: "b c", 1.5: "b c", 2.0: "d e f"}]
+    p, numbers = batch.patches, set()
+    for (_, offset, count), prompts in zip(places[0], expected, strict=True):
+        for n in range(offset, offset + count):
+            tokens = batch.ids_BxSxK[0, batch.prompt_BxS[0] == p.prompt_BxN[0, n]]
+            np.testing.assert_array_equal(tokens, layout.tokenise(prompts[float(p.pos_BxNx3[0, n, 0])]))
+        numbers |= set(p.prompt_BxN[0, offset : offset + count])
+    assert len(numbers) == 6 and 0 not in numbers
+
+
+# Roll-outs
+
+
+def test_a_roll_out_is_a_staircase_that_moves_along():
+    """With a solver that writes each latent frame's index where its level reaches 0.
+
+    The frames come out in order, once each; every latent frame comes down over as many chunks as are active, from its
+    own noise; what is clean stays; a window's first frame is a picture of the last frame before; no shape changes.
+    """
+    layout = layout_of(tiny_config())
+    requests = {
+        0: Request("a", 24, 16, 42, task="rollout", seed=3),
+        1: Request("b", 16, 16, 7, task="rollout", window=17),
+    }
+    rolled = {i: start_rollout(r, layout) for i, r in requests.items()}
+    seen, chunk = [], 0
+
+    def solve(tasks):
+        nonlocal chunk
+        out = {}
+        for i, task in tasks.items():
+            first, levels = max(0, chunk - (3 if i == 0 else 4)), task.level_Kxg
+            latents = unpatchify(task.piece.x_nxP, task.grid).copy()
+            assert (np.diff(levels, axis=0) <= 0).all() and (np.diff(levels, axis=1) >= 0).all()
+            seen.append((i, levels.shape, task.piece.x_nxP.shape))
+            for w, (begin, end) in enumerate(zip(levels[0], levels[-1])):
+                active = 2 if i == 0 else 3
+                assert begin == pytest.approx(np.clip(1 - (chunk - first - w) / active, 0, 1), abs=1e-6)
+                assert end == pytest.approx(np.clip(1 - (chunk + 1 - first - w) / active, 0, 1), abs=1e-6)
+                value = to_float(np.uint8(first + w)) if first + w < 256 else None
+                if begin == 0:  # the last of its frames is the same in a picture of it
+                    assert latents[w].min() == latents[w].max() == value
+                elif begin == 1:
+                    noise = np.random.default_rng((requests[i].seed, first + w)).standard_normal(
+                        latents[w].shape, np.float32
+                    )
+                    np.testing.assert_array_equal(latents[w], noise)
+                    fresh.add((i, first + w))
+                if end == 0:
+                    latents[w] = value
+            out[i] = latents
+        chunk += 1
+        return out
+
+    fresh = set()
+    videos = generate._roll_out(requests, rolled, layout, uniform_levels(7), 7, solve)
+    assert [len(videos[i]) for i in (0, 1)] == [42, 7]
+    for video in videos.values():
+        np.testing.assert_array_equal(video[:, 0, 0, 0], (np.arange(len(video)) + 3) // 4)
+        assert (video == video[:, :1, :1, :1]).all()
+    assert len({found for found in seen if found[0] == 0}) == len({found for found in seen if found[0] == 1}) == 1
+    assert {t for i, t in fresh if i == 0} >= set(range(12))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("forward", {"new_frames": 0}, "new_frames=0: give 1 frame at least"),
+        ("forward", {"context": 0}, "context=0: give 1 frame at least"),
+        ("forward", {"direction": "up"}, "direction='up' is not known. Allowed: 'forward', 'backward'"),
+        ("forward", {"videos": ()}, "task='extend' takes 1 videos; 0 are given"),
+        ("forward", {"videos": (V / 255,)}, r"a video is float64 \(10, 16, 24, 3\); give uint8"),
+        ("forward", {"width": 32}, r"the video is 24x16 and the clip 32x16 \(WIDTHxHEIGHT\)"),
+        ("forward", {"width": 20}, "width=20 .*Nearest: 16 or 24"),
+        ("backward", {"videos": (V[:3],)}, r"backward needs 4 known frames .* 3 are given. Nearest: 4"),
+        ("connect", {"videos": (V, video_of(9, 32))}, "the videos are 24x16 and 32x16 .*: resize one"),
+        ("connect", {"videos": (V, W[:5])}, "new_frames=6, the 5 frames .* Give 6 of them at least, or new_frames=8"),
+        ("loop", {"videos": (V[:2],)}, "after new_frames=6, the 2 frames .*group of 4"),
+        ("in-painting", {"mask_TxYxX": None}, "painting needs a mask, or a size larger than the video's 24x16"),
+        ("in-painting", {"mask_TxYxX": MASK[:, :8]}, "the mask is 24x8 and the video 24x16 .*: give a mask of 24x16"),
+        ("in-painting", {"mask_TxYxX": np.repeat(MASK, 9, 0)}, "the mask has 9 frames and the video 10: give 10, or 1"),
+        ("in-painting", {"mask_TxYxX": MASK.astype(float)}, "the mask is float64 .*; give bool"),
+        ("in-painting", {"mask_TxYxX": np.indices((1, 16, 24)).sum(0) % 5 == 0}, "would see nothing of what is given"),
+        ("out-painting", {"height": 8}, "the video is 24x16 and the clip 40x8 .*or a larger one"),
+        ("edit", {"strength": 0.0}, "strength=0.0 is no level to start from. Choose above 0, and 1 at most"),
+        ("interpolate", {"factor": 2**0.5 * 10}, "factor=14.1421 is no fraction p/q .*up to 16. Nearest: 14."),
+        ("interpolate", {"videos": (V[:1],)}, "the video has 1 frames .*2 frames at least"),
+        ("timeline", {"timeline": ((1, "a"),)}, r"times are \[1.0\] s: they must start at 0 and ascend"),
+        ("timeline", {"timeline": ((0, "a"), (3, "b"))}, "at 3 s is seen by nothing: frames=9 .*Nearest: 1 s, or"),
+        ("timeline", {"frames": 10}, "frames=10 .*Nearest: 9 or 13"),
+    ],
+)  # fmt: skip
+def test_tasks_that_cannot_be_laid_out_are_refused(name, changes, says):
+    """Naming the value, the limit and the nearest that can be."""
+    with pytest.raises(ValueError, match=says):
+        laid(dataclasses.replace(ALL_TASKS[name], **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"window": 12}, r"window=12 must be 1 \+ 4k frames .* context=5. Nearest: 13"),
+        ({"window": 5}, "window=5 must be .*, more than context=5. Nearest: 9"),
+        ({"frames": 0}, "frames=0: a roll-out makes 1 frame at least"),
+        ({"task": "dream"}, "task='dream' is not known. Allowed: 'text', .*'rollout'"),
+    ],
+)
+def test_roll_outs_that_cannot_be_laid_out_are_refused(changes, says, trained):
+    with pytest.raises(ValueError, match=says):
+        generate.sample([Request("a", 24, 16, **{"task": "rollout", "frames": 40} | changes)], trained)
+
+
 # Samples
 
 
@@ -164,6 +474,45 @@ def test_samples_have_the_sizes_asked_for(packed):
         assert video.shape == (request.frames, request.height, request.width, 3) and video.dtype == np.uint8
         assert video.std() > 20  # random weights give no constant, and not all is clipped
         assert ((video > 0) & (video < 255)).mean() > 0.5
+
+
+@pytest.fixture(scope="module")
+def answers(trained):
+    """Every task's answer, from one row of all of them; a loop from a prompt, and two roll-outs."""
+    more = [Request("a", 24, 16, 9, task="loop", seed=1), Request("a", 24, 16, 22, task="rollout")]
+    found = generate.sample([*ALL_TASKS.values(), *more], trained)
+    return dict(zip([*ALL_TASKS, "loop from a prompt", "rollout"], found, strict=True))
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_known_pixels_come_back_bit_for_bit(name, answers):
+    """And the rest is made by the model, not left as it was laid out."""
+    assert made_by(name, answers[name]).std() > 20
+
+
+def test_a_prompt_alone_is_looped(trained, answers):
+    """As the video of that prompt and seed is."""
+    request = Request("a", 24, 16, 9, seed=1)
+    assert answers["loop from a prompt"].shape == (17, 16, 24, 3)
+    (video,) = generate.sample([request], trained)
+    assert levels_apart([answers["loop from a prompt"][:9]], [video]) <= 1
+    assert answers["rollout"].shape == (22, 16, 24, 3) and answers["rollout"].std((1, 2, 3)).min() > 10
+
+
+def test_guidance_by_what_is_known_leaves_it_as_it_is(trained, answers):
+    """And moves what is made beside it."""
+    (found,) = generate.sample([ALL_TASKS["forward"]], trained, history=3.0)
+    moved = np.abs(made_by("forward", found).astype(int) - made_by("forward", answers["forward"]))
+    assert moved.max() > 5  # where rounding moves by one
+
+
+def test_a_timeline_of_one_prompt_is_that_prompt(trained, answers):
+    """And a change of what comes later changes what comes later most."""
+    at = lambda *prompts: Request("", 24, 16, 9, task="timeline", timeline=tuple(zip((0.0, 0.5), prompts)))
+    text = Request("a red circle", 24, 16, 9)
+    same, other, plain = generate.sample([at("a red circle", "a red circle"), at("a red circle", "b"), text], trained)
+    assert levels_apart([same], [plain]) <= 1
+    assert levels_apart([other[1:]], [plain[1:]]) > 20
 
 
 def test_an_animated_image_comes_back_bit_for_bit(packed):

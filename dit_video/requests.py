@@ -1,0 +1,277 @@
+"""Requests as people write them: flags, or lines of a JSON file, naming real media files. Host only.
+
+F x Y x X: frames, height and width of a video as it is read: at the size and rate that it is sampled at.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from dit_video.data.decode import Media, check, decode, probe
+from dit_video.tasks import Request
+
+# What each task takes beside prompt, seed, num and guidance: the first names are needed, those in brackets may be left.
+FIELDS = {
+    "text": ((), ("size", "frames", "fps")),
+    "animate": (("image",), ("size", "frames", "fps")),
+    "extend": (("video",), ("direction", "new_frames", "context", "size", "fps")),
+    "connect": (("video",), ("new_frames", "context", "size", "fps")),
+    "loop": ((), ("video", "new_frames", "context", "size", "frames", "fps")),
+    "paint": (("video",), ("mask", "size", "fps")),
+    "edit": (("video",), ("strength", "mask", "size", "fps")),
+    "interpolate": (("video",), ("factor", "fps", "strength", "size")),
+    "timeline": (("prompt",), ("size", "frames", "fps")),
+    "rollout": ((), ("frames", "window", "context", "size", "fps")),
+}
+ALWAYS = ("task", "prompt", "seed", "num", "guidance")
+FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.8  # where nothing says otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A Request, and the fields that make it again."""
+
+    request: Request
+    fields: Mapping
+
+
+def read_lines(path, step_yx: tuple[int, int]) -> list[Asked]:
+    """The requests of a JSON lines file, one object a line. Raises ValueError with the line's number."""
+    asked = []
+    for number, line in enumerate(epath.Path(path).read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict):
+                raise ValueError(f'{line!r} is no JSON object, such as {{"task": "text", "prompt": "..."}}.')
+            asked += read(fields, step_yx)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return asked
+
+
+def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
+    """The requests, `num` of them with seeds seed, seed + 1, ..., that `fields` ask for, their media read.
+
+    step_yx: pixels of a patch, to which sizes are fitted where none is given. Raises ValueError, or MediaError.
+    """
+    task = fields.get("task", "text")
+    if task not in FIELDS:
+        raise ValueError(f"task={task!r} is not known. Allowed: {', '.join(FIELDS)}.")
+    needed, more = FIELDS[task]
+    for name in needed:
+        if not fields.get(name):
+            raise ValueError(f"task={task} needs {name}: give --{name}.")
+    for name in fields:
+        if name not in (*ALWAYS, *needed, *more):
+            others = [other for other, names in FIELDS.items() if name in names[0] + names[1]]
+            mend = f"it belongs to {', '.join(others)}" if others else f"allowed: {', '.join(ALWAYS + needed + more)}"
+            raise ValueError(f"task={task} takes no {name}; {mend}.")
+    prompt, read_task = fields.get("prompt", ""), READERS.get(task, _read_video)
+    if isinstance(prompt, str) == (task == "timeline"):
+        raise ValueError(
+            f"task={task} takes {'a list of prompts' if task == 'timeline' else 'one prompt'}: {prompt!r}."
+        )
+    seed, num, guidance = fields.get("seed", 0), fields.get("num", 1), fields.get("guidance")
+    if not (isinstance(seed, int) and isinstance(num, int) and seed >= 0 and num >= 1):
+        raise ValueError(f"seed={seed!r} and num={num!r}: give whole numbers, from 0 and from 1.")
+    request = dataclasses.replace(read_task(dict(fields), step_yx), task=task, seed=seed, guidance=guidance)
+    again = {name: value for name, value in fields.items() if name not in ("num", "seed")} | {"task": task}
+    return [Asked(dataclasses.replace(request, seed=seed + i), again | {"seed": seed + i}) for i in range(num)]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of 'WIDTHxHEIGHT'. Raises ValueError for another form."""
+    width, cross, height = str(text).lower().partition("x")
+    if not (cross and width.isdigit() and height.isdigit()):
+        raise ValueError(f"size={text!r} is not of the form WIDTHxHEIGHT, such as 48x32.")
+    return int(width), int(height)
+
+
+def parse_timeline(prompts: Sequence[str]) -> tuple[tuple[float, str], ...]:
+    """((seconds, prompt), ...) of ['SECONDS: prompt', ...]. Raises ValueError for another form."""
+    timeline = []
+    for text in prompts:
+        seconds, colon, prompt = text.partition(":")
+        try:
+            timeline.append((float(seconds), prompt.strip()))
+        except ValueError:
+            colon = ""
+        if not colon:
+            raise ValueError(f"prompt={text!r} is not of the form 'SECONDS: prompt', such as '1.5: a red circle'.")
+    return tuple(timeline)
+
+
+# One reader for each form of request: (fields, step_yx) -> Request.
+
+
+def _read_text(fields, step_yx):
+    width, height = parse_size(fields["size"]) if "size" in fields else SIZE
+    return _numbers(Request(fields.get("prompt", ""), width, height, FRAMES, FPS), fields)
+
+
+def _read_timeline(fields, step_yx):
+    timeline = parse_timeline(fields.pop("prompt"))
+    request = _read_text(fields, step_yx)
+    if "frames" not in fields:  # a second of the last prompt, to the next length that any stride of 1, 2, 4 takes
+        request = dataclasses.replace(request, frames=1 + -(-int((timeline[-1][0] + 1) * request.fps) // 4) * 4)
+    return dataclasses.replace(request, prompt="; ".join(f"{t:g}: {p}" for t, p in timeline), timeline=timeline)
+
+
+def _read_animate(fields, step_yx):
+    path = fields["image"]
+    media = probe(path)
+    width, height = _size(fields, media, step_yx)
+    picture_YxXx3 = decode(media, 0.0, [0.0], height, width)[0]
+    request = Request(fields.get("prompt", ""), width, height, FRAMES, FPS, image_YxXx3=picture_YxXx3)
+    return _numbers(request, fields)
+
+
+def _read_video(fields, step_yx):
+    """Every task that is given videos; a loop without one is laid out as text is."""
+    task, paths = fields["task"], fields.get("video")
+    if not paths:
+        return _read_text(fields, step_yx)
+    paths, count = [paths] if isinstance(paths, str) else list(paths), 2 if task == "connect" else 1
+    if len(paths) != count:
+        raise ValueError(f"task={task} takes {count} video{'s' * (count > 1)}; {len(paths)} were given: {paths}.")
+    if "frames" in fields:
+        raise ValueError(f"frames={fields['frames']} goes with no video: the video says how long the clip is.")
+    medias = [check(path)[0] for path in paths]
+    sizes = {f"{media.width}x{media.height}" for media in medias}
+    if len(sizes) > 1 and "size" not in fields:
+        first = "x".join(map(str, _size(fields, medias[0], step_yx)))
+        raise ValueError(
+            f"the videos are {' and '.join(f'{m.width}x{m.height}' for m in medias)} (WIDTHxHEIGHT): give the size "
+            f"that both are resized to. Nearest: --size={first}."
+        )
+    width, height = inner_width, inner_height = _size(fields, medias[0], step_yx)
+    if task == "paint":
+        inner_width, inner_height = _within(medias[0], width, height, step_yx)
+    asked_fps = None if task == "interpolate" else fields.get("fps")
+    videos, fps = [], asked_fps
+    for media in medias:
+        video_FxYxXx3, fps = _read_frames(media, inner_height, inner_width, fps)
+        videos.append(video_FxYxXx3)
+    request = Request(fields.get("prompt", ""), width, height, len(videos[0]), fps, videos=tuple(videos))
+    if "mask" in fields:
+        request = dataclasses.replace(request, mask_TxYxX=read_mask(fields["mask"], medias[0], videos[0], asked_fps))
+    if task == "interpolate":
+        request = _frame_rate(request, fields)
+    return _numbers(request, {k: v for k, v in fields.items() if k not in ("fps", "factor")})
+
+
+READERS = {"text": _read_text, "rollout": _read_text, "timeline": _read_timeline, "animate": _read_animate}
+
+
+def _numbers(request: Request, fields) -> Request:
+    """The request with the fields that are plain numbers or words. Raises ValueError for another type."""
+    kinds = {"frames": int, "fps": float, "new_frames": int, "context": int, "window": int, "strength": float}
+    found = {}
+    for name, kind in (kinds | {"direction": str}).items():
+        if name in fields:
+            value = fields[name]
+            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is no {'number' if kind is float else kind.__name__}.")
+            found[name] = kind(value)
+    return dataclasses.replace(request, **found)
+
+
+def _frame_rate(request: Request, fields) -> Request:
+    """The request at the frame rate that `factor` or `fps` asks for; its own fps is the video's."""
+    if ("factor" in fields) == ("fps" in fields):
+        raise ValueError("task=interpolate takes either a factor, frames out per frame in, or fps, the frame rate out.")
+    factor = float(fields["factor"]) if "factor" in fields else float(fields["fps"]) / request.fps
+    if not (np.isfinite(factor) and factor > 0):
+        raise ValueError(f"factor={factor:g} is no multiple of a frame rate. Give one above 0.")
+    return dataclasses.replace(request, factor=factor, fps=request.fps * factor, strength=INTERPOLATION_STRENGTH)
+
+
+# Media.
+
+
+def _size(fields, media: Media, step_yx):
+    """The size asked for, or the media's own to the nearest whole patches."""
+    if "size" in fields:
+        return parse_size(fields["size"])
+    fit = lambda length, step: max(round(length / step), 1) * step
+    return fit(media.width, step_yx[1]), fit(media.height, step_yx[0])
+
+
+def _within(media: Media, width: int, height: int, step_yx):
+    """The size at which a video is painted around: its own if it fits, else the largest that does, in whole patches."""
+    if media.width <= width and media.height <= height:
+        return media.width, media.height
+    scale = min(width / media.width, height / media.height)
+    fit = lambda length, step, most: min(max(round(scale * length / step), 1) * step, most)
+    return fit(media.width, step_yx[1], width), fit(media.height, step_yx[0], height)
+
+
+def _read_frames(media: Media, height: int, width: int, fps: float | None):
+    """video_FxYxXx3 at `fps`, or all of its frames, for None or their own mean rate to 1%; and the rate.
+
+    Stamps are rounded (a GIF's to 10 ms), so that frames looked up by time would be one early here and there.
+    """
+    if fps is not None and not (np.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps={fps} is not a frame rate. Give frames per second above 0.")
+    stamps, last = np.asarray(media.stamps), media.stamps[-1]
+    own = (len(stamps) - 1) / last if last else None
+    if own is None:
+        fps, time_T = fps or FPS, stamps
+    elif fps is None or abs(own - fps) <= 0.01 * fps:
+        fps, time_T = fps or float(Fraction(own).limit_denominator(1001)), stamps
+    else:
+        time_T = np.arange(int(last * fps + 1e-3) + 1) / fps
+    if (width, height) != (media.width, media.height) or len(time_T) != len(stamps):
+        logging.warning(
+            "%s: %dx%d, %d frames, is read as %dx%d, %d frames at %.4g a second.",
+            media.path, media.width, media.height, len(stamps), width, height, len(time_T), fps,
+        )  # fmt: skip
+    return decode(media, 0.0, time_T, height, width), fps
+
+
+def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | None) -> np.ndarray:
+    """mask_TxYxX, True = make anew: of a picture or video that is white there, or of 'box:y0,x0,y1,x1[,t0,t1]'.
+
+    A picture or video must have the size of `media`, the file that it masks, and is resized with it. A box is in
+    pixels of the video as it is sampled, its ends not in it, and t0, t1 in frames. fps: the rate that the video was
+    read at, None = its own. Raises ValueError, or MediaError.
+    """
+    F, height, width, _ = video_FxYxXx3.shape
+    if text.startswith("box:"):
+        try:
+            y0, x0, y1, x1, *t = map(int, text[4:].split(","))
+            t0, t1 = t or (0, F)
+        except ValueError:
+            raise ValueError(f"mask={text!r} is not of the form box:y0,x0,y1,x1 or box:y0,x0,y1,x1,t0,t1.") from None
+        if not (0 <= y0 < y1 <= height and 0 <= x0 < x1 <= width and 0 <= t0 < t1 <= F):
+            y0, x0, t0 = (min(max(n, 0), most - 1) for n, most in ((y0, height), (x0, width), (t0, F)))
+            y1, x1, t1 = (
+                min(max(n, low + 1), most) for n, low, most in ((y1, y0, height), (x1, x0, width), (t1, t0, F))
+            )
+            raise ValueError(
+                f"mask={text!r} does not lie in a video of {height}x{width} (height, width) and {F} frames. "
+                f"Nearest: box:{y0},{x0},{y1},{x1},{t0},{t1}."
+            )
+        mask_TxYxX = np.zeros((F, height, width), bool)
+        mask_TxYxX[t0:t1, y0:y1, x0:x1] = True
+        return mask_TxYxX
+    mask = check(text)[0]
+    sizes = {(media.width, media.height), (width, height)}
+    if (mask.width, mask.height) not in sizes:
+        raise ValueError(
+            f"the mask {text} is {mask.width}x{mask.height} and the video {media.width}x{media.height}"
+            f"{f', sampled at {width}x{height}' * (len(sizes) > 1)}: give a mask of the video's size."
+        )
+    if mask.kind == "image":
+        return decode(mask, 0.0, [0.0], height, width)[..., 0] > 127
+    white_TxYxX = _read_frames(mask, height, width, fps)[0][..., 0] > 127
+    if len(white_TxYxX) not in (1, F):
+        raise ValueError(f"the mask {text} has {len(white_TxYxX)} frames and the video {F}: give {F}, or a picture.")
+    return white_TxYxX
