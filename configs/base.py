@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.rows = 4  # rows in a global batch, B
     data.length = 1024  # patches per row, N
     data.text_length = 256  # text tokens per row, S
-    data.groups = 64  # groups per row, G
+    data.groups = 48  # groups per row, G
     data.group_by = "frame"  # what shares a level: 'frame' or 'clip'
     data.shards = 4  # virtual shards; divides rows, and processes divide it
     data.waiting = 64  # clips each shard chooses from when it fills a row
