@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 
@@ -39,7 +40,9 @@ def rms_norm(x_, gain_, eps: float = 1e-6):
 def sinusoids(t_, features: int, period: float = 10_000.0):
     """[cos | sin] features of a scalar, exponent i / (features/2) (Vaswani et al. 2017; the order of DiT and Wan)."""
     half = features // 2
-    angles = t_[..., None].astype(jnp.float32) * jnp.exp(-math.log(period) * jnp.arange(half) / half)
+    # The exponent in float32, as published models have it, and rounded once: at t = 999 an ulp of a frequency shows.
+    exponent = np.float32(-math.log(period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = t_[..., None].astype(jnp.float32) * np.exp(exponent.astype(np.float64)).astype(np.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 

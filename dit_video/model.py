@@ -22,9 +22,10 @@ class DiT(nn.Module):
 
     modulation: 'block', Dense(SiLU(c)) in every block and in the last layer; or 'shared', one Dense(SiLU(c)) plus a
         table per block, and for the last layer a table plus c itself.
-    position: 'rope' (t, y, x); 'table' (sin-cos over y and x, added once); or 'both', rope and a projection of the
-        sinusoids of (t, y, x), added once: where a patch is then travels with what it holds, so that attention can
-        average places, which the relative angles of rope alone only compare.
+    position: 'rope' (t, y, x); 'table' (sin-cos over y and x, added once; where layers attend over time, sin-cos over
+        t too, added before the first of them: Latte); or 'both', rope and a projection of the sinusoids of (t, y, x),
+        added once: where a patch is then travels with what it holds, so that attention can average places, which the
+        relative angles of rope alone only compare.
     qk_norm: 'none', 'head' (RMS over a head), 'width' (RMS over all heads jointly).
     text: 'none', 'pooled' (mean of the prompt's tokens, of width D, added to the level's embedding), 'cross'
         (cross-attention by prompt; text_norm: LayerNorm with affine before it; text_pool: the mean of the prompt's
@@ -97,6 +98,8 @@ class DiT(nn.Module):
             c_BxGxD = c_BxGxD + _dense(self, "text_pool", self.text_width, D)(pooled_BxGxE)
 
         context = {"tags": self._tags(patches), "rope": rope, "group_BxN": patches.group_BxN}
+        if self.position == "table" and "time" in self.attention_pattern:
+            context["time_BxNxD"] = sincos(index_BxNx3[..., 0], D).astype(dtype)
         context["prompt_tag"] = (patches.prompt_BxN, jnp.zeros_like(patches.prompt_BxN))
         if self.text == "cross":
             text = _dense(self, "text_in", self.text_width, D)(text_BxSxE.astype(dtype))
@@ -129,8 +132,13 @@ class DiT(nn.Module):
         weights = {name: self.param(f"block_{name}", *spec) for name, spec in block_parameters(self).items()}
         weights = jax.tree.map(lambda w: w.reshape(self.depth // period, period, *w.shape[1:]), weights)
 
-        def layers(h, w):
+        time_BxNxD, first = context.pop("time_BxNxD", None), jnp.arange(self.depth // period) == 0
+
+        def layers(h, xs):
+            w, first = xs
             for i, attended in enumerate(self.attention_pattern):
+                if time_BxNxD is not None and i == self.attention_pattern.index("time"):
+                    h = h + jnp.where(first, time_BxNxD, 0)
                 h = block(self, {k: v[i].astype(self.dtype) for k, v in w.items()}, h, context, attended)
             return h, None
 
@@ -141,7 +149,7 @@ class DiT(nn.Module):
             )
             policies = {"full": None, "dots": dots}
             layers = jax.checkpoint(layers, policy=policies[self.remat], prevent_cse=False)
-        return jax.lax.scan(layers, h_BxNxD, weights, unroll=min(self.unroll, self.depth // period))[0]
+        return jax.lax.scan(layers, h_BxNxD, (weights, first), unroll=min(self.unroll, self.depth // period))[0]
 
     def _tags(self, patches):
         seg, frame = patches.seg_BxN, patches.frame_BxN
@@ -255,11 +263,15 @@ def _dense(module, name, n_in, n_out, zero=False, normal=None):
     return lambda x: matmul(x, weight.astype(x.dtype)) + bias.astype(x.dtype)
 
 
+def sincos(index_, width: int):
+    """One axis of a position table at any real index: [sin | cos]."""
+    cos, sin = jnp.split(sinusoids(index_, width), 2, -1)
+    return jnp.concatenate([sin, cos], -1)
+
+
 def sincos_table(index_BxNx3, width: int):
-    """DiT's position table at any real (y, x): the first half of the dims is the column's, each [sin | cos]."""
-    half = lambda t: sinusoids(t, width // 2)
-    swap = lambda cos_sin: jnp.concatenate(jnp.split(cos_sin, 2, -1)[::-1], -1)
-    return jnp.concatenate([swap(half(index_BxNx3[..., 2])), swap(half(index_BxNx3[..., 1]))], -1)
+    """DiT's position table at any real (y, x): the first half of the dims is the column's."""
+    return jnp.concatenate([sincos(index_BxNx3[..., axis], width // 2) for axis in (2, 1)], -1)
 
 
 def group_prompts(patches: Patches):
@@ -274,6 +286,12 @@ def pool(text_BxSxE, prompt_BxS, prompt_BxG):
     mine_BxGxS = (prompt_BxG[:, :, None] == prompt_BxS[:, None, :]) & (prompt_BxS[:, None, :] != 0)
     count_BxGx1 = jnp.maximum(mine_BxGxS.sum(-1, keepdims=True), 1)
     return jnp.einsum("bgs,bse->bge", mine_BxGxS.astype(text_BxSxE.dtype), text_BxSxE) / count_BxGx1
+
+
+def split_output(out_BxNxO, values: int, cells: int):
+    """The prediction out_BxNxP, P = values, and what stands beside it in each cell's channels (learned variances)."""
+    parts = jnp.split(out_BxNxO.reshape(*out_BxNxO.shape[:2], cells, -1), [values // cells], -1)
+    return [part.reshape(*out_BxNxO.shape[:2], -1) for part in parts]
 
 
 def to_velocity(out_BxNxP, z_BxNxP, level_BxN, predict: str, s_min: float = 0.05):
@@ -347,10 +365,7 @@ def make_velocity(model: DiT, config):
 
     def velocity(params, patches: Patches, cond: Cond | None):
         out = model.apply({"params": params}, patches, cond).astype(jnp.float32)
-        P = patches.x_BxNxP.shape[-1]
-        if out.shape[-1] != P:  # learned variances beside the prediction: (cells, 2C) -> the first C of each cell
-            cells = int(np.prod(config.model.patch))
-            out = out.reshape(*out.shape[:2], cells, -1)[..., : P // cells].reshape(*out.shape[:2], P)
+        out = split_output(out, patches.x_BxNxP.shape[-1], int(np.prod(config.model.patch)))[0]
         level_BxN = spread(patches.level_BxG[..., None], patches.group_BxN)[..., 0]
         return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, config.model.s_min)
 

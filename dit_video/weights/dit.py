@@ -50,25 +50,24 @@ def fused(names: tuple[str, ...], theirs: str, width: int) -> list[Rule]:
     ]
 
 
-def position_rule(side: int, width: int) -> Rule:
-    """The fixed sin-cos table, which the model computes: checked at import, written at export."""
-    y, x = np.divmod(np.arange(side * side), side)
-    table_1xNxD = np.asarray(sincos_table(np.stack([0 * y, y, x], -1)[None], width))
+def fixed(theirs: str, table_1xNxD: np.ndarray) -> Rule:
+    """A sin-cos table that the model computes: checked at import, written at export."""
 
     def check(w):
         if np.abs(w - table_1xNxD).max() > 1e-4:
-            raise ValueError("'pos_embed' is not the fixed sin-cos table of its grid, and the model has no other.")
+            raise ValueError(f"{theirs!r} is not the fixed sin-cos table of its grid, and the model has no other.")
         return []
 
-    return Rule("pos_embed", table_1xNxD.shape, (), check, lambda: table_1xNxD)
+    return Rule(theirs, table_1xNxD.shape, (), check, lambda: table_1xNxD)
 
 
 def rules(config: Mapping) -> list[Rule]:
     """Which of our parameters each published weight is."""
     ours = arguments(config)
     D, F, p, C = ours["width"], ours["mlp_width"], config["patch_size"], config["in_channels"]
+    y, x = np.indices([config["input_size"] // p] * 2).reshape(2, 1, -1)
     return [
-        position_rule(config["input_size"] // p, D),
+        fixed("pos_embed", np.asarray(sincos_table(np.stack([0 * y, y, x], -1), D))),
         same("text/table", "y_embedder.embedding_table.weight", (config["num_classes"] + 1, D)),
         *patch_dense("dit/patch", "x_embedder.proj", C, (p, p), D),
         *dense("dit/level_in", "t_embedder.mlp.0", 256, D),
