@@ -130,12 +130,15 @@ def gaussian_kl(mean_p, log_variance_p, mean_q, log_variance_q):
 def nll_256(x_, mean_, log_deviation_):
     """-log of a normal's mass around x, in nats: the bin of width 2/255, open beyond -1 and 1 (Ho et al. 2020, eq. 13).
 
-    The normal's distribution function by its tanh approximation, as the published bound has it.
+    The normal's distribution function by its tanh approximation, as the published bound has it: a logistic function,
+    so that the bin's mass, a difference of two, is a product: sigmoid(p) sigmoid(-q) (1 - exp(q - p)).
     """
-    cdf = lambda a: (1 + jnp.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3))) / 2
-    above, below = (cdf((x_ + h - mean_) * jnp.exp(-log_deviation_)) for h in (1 / 255, -1 / 255))
-    mass = jnp.where(x_ < -0.999, above, jnp.where(x_ > 0.999, 1 - below, above - below))
-    return -jnp.log(jnp.maximum(mass, 1e-12))
+    a, b = ((x_ + h - mean_) * jnp.exp(-log_deviation_) for h in (1 / 255, -1 / 255))
+    p, q = (np.sqrt(8 / np.pi) * (c + 0.044715 * c**3) for c in (a, b))
+    apart = np.sqrt(8 / np.pi) * (2 / 255) * jnp.exp(-log_deviation_) * (1 + 0.044715 * (a * a + a * b + b * b))
+    below, above = jax.nn.log_sigmoid(p), jax.nn.log_sigmoid(-q)
+    inside = below + above + jnp.log(-jnp.expm1(-apart))
+    return -jnp.maximum(jnp.where(x_ < -0.999, below, jnp.where(x_ > 0.999, above, inside)), np.log(1e-12))
 
 
 # As it is sampled
