@@ -4,122 +4,25 @@ B clips in the arrays, R rows that they are packed in, N patches per row, n of o
 """
 
 import dataclasses
-import json
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
 
 from dit_video import patches as pt
 from dit_video.attention import rope_angles
-from dit_video.model import DiT, block, sincos_table
-from dit_video.text.labels import LabelEncoder, tokenise
-from dit_video.weights import dit, wan
+from dit_video.model import DiT, block
+from dit_video.weights import dit, latte, sit, wan
+from experiments.parity import golden
+from experiments.parity.golden import error, frames, levels, rows_of
 
 
 @pytest.fixture(scope="module")
 def load(shared):
     """A reference's state dict, the arguments of its class, and the arrays that it took and gave."""
-
-    def read(path: str):
-        with safetensors.safe_open(shared / "golden" / f"{path}.safetensors", "np") as file:
-            state, config = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["config"])
-        return state, config, dict(np.load(shared / "golden" / f"{path}_io.npz"))
-
-    return read
-
-
-def error(ours, theirs) -> float:
-    """The largest difference, relative to the reference's largest value."""
-    assert ours.shape == theirs.shape
-    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
-
-
-def rows_of(x_BxTxYxXxC, text_of, times_T, per_row: int, padding: int = 5):
-    """Packs the clips, `per_row` to a row with padding at its end; each is a group. Returns Batch and Grids."""
-    laid = [
-        pt.lay_out(x, times_T, (1, 2, 2), (8, 8), text_of(b), clip=b, groups="clip") for b, x in enumerate(x_BxTxYxXxC)
-    ]
-    pieces = [piece for piece, _ in laid]
-    n, s, _ = pieces[0].size
-    rows = [pieces[i : i + per_row] for i in range(0, len(pieces), per_row)]
-    batch, places = pt.pack(rows, per_row * n + padding, per_row + 1, per_row * s + padding)
-    at = [place for row in places for place in row]
-    return batch, [dataclasses.replace(g, row=row, offset=offset) for (_, g), (row, offset, _) in zip(laid, at)]
-
-
-def levels(t, shape) -> np.ndarray:
-    """Levels such that level * 1000 is the reference's timestep to the bit; groups beyond the clips get 0."""
-    level = np.asarray(t, np.float32) / np.float32(1000)
-    np.testing.assert_array_equal(level * np.float32(1000), np.asarray(t, np.float32))
-    return np.pad(level.reshape(shape[0], -1), ((0, 0), (0, shape[1] - level.size // shape[0])))
-
-
-def to_channels_first(clips) -> np.ndarray:
-    return np.stack([np.moveaxis(np.asarray(c), -1, 0) for c in clips])
-
-
-# DiT
-
-
-@pytest.fixture(scope="module")
-def dit_golden(load):
-    state, config, io = load("dit/dit_tiny")
-    model = DiT(**dit.arguments(config))
-    params = dit.to_ours(state, config)
-    forward = jax.jit(lambda p, c: model.apply({"params": params["dit"]}, p, c))
-
-    def run(x_BxCxYxX, t_B, y_B):
-        ids = lambda b: tokenise("" if y_B[b] == config["num_classes"] else str(y_B[b]), config["num_classes"])
-        batch, grids = rows_of(np.moveaxis(x_BxCxYxX, 1, -1)[:, None], ids, [0.0], per_row=2)
-        patches = dataclasses.replace(batch.patches, level_BxG=levels(t_B, batch.patches.level_BxG.shape))
-        text = LabelEncoder(config["hidden_size"], config["num_classes"]).apply(
-            {"params": params["text"]}, batch.ids_BxSxK, batch.prompt_BxS
-        )
-        out = np.asarray(forward(patches, pt.Cond(text, batch.prompt_BxS)))
-        return to_channels_first(pt.unpack(out, grids))[:, :, 0]
-
-    return run, model, params, io
-
-
-def test_dit_forward(dit_golden):
-    """Labels, the null class among them, and timesteps 0 to 999; two clips to a row, and padding."""
-    run, _, _, io = dit_golden
-    out = run(io["x"], io["t"], io["y"])
-    late = io["t"] > 900
-    assert error(out[~late], io["out"][~late]) < 1e-5
-    assert error(out[late], io["out"][late]) < 5e-5
-
-
-def test_dit_forward_at_fractional_timesteps(dit_golden):
-    run, _, _, io = dit_golden
-    out, late = run(io["x"], io["t_frac"], io["y"]), io["t_frac"] > 900
-    assert error(out[~late], io["out_t_frac"][~late]) < 1e-5
-    assert error(out[late], io["out_t_frac"][late]) < 5e-5
-
-
-def test_dit_blocks_one_by_one(dit_golden):
-    """Each block's output from the reference's input to it, so that no error hides behind the next norm."""
-    _, model, params, io = dit_golden
-    B, N, _ = io["act_block0"].shape
-    seg, group = np.ones((B, N), np.int32), np.zeros((B, N), np.int32)
-    context = {"tags": {"all": (seg, group)}, "rope": None, "group_BxN": group, "prompt_tag": (seg, group)}
-    context["c_BxGxD"] = jax.nn.silu(io["act_t_embedder"] + io["act_y_embedder"])[:, None]
-    stacked = {k.removeprefix("block_"): v for k, v in params["dit"].items() if k.startswith("block_")}
-    one = jax.jit(lambda w, h: block(model, w, h, context, "all"))
-    h = io["act_x_embedder"] + io["pos_embed_96_4"]
-    for i in range(model.depth):
-        assert error(one({k: v[i] for k, v in stacked.items()}, h), io[f"act_block{i}"]) < 2e-6
-        h = io[f"act_block{i}"]
-
-
-@pytest.mark.parametrize("width, side", [(96, 4), (384, 16)])
-def test_dit_position_table(dit_golden, width, side):
-    y, x = np.divmod(np.arange(side * side), side)
-    table = sincos_table(np.stack([y, y, x], -1)[None], width)[0]
-    assert error(table, dit_golden[3][f"pos_embed_{width}_{side}"]) < 2e-6
+    return functools.partial(golden.load, shared / "golden")
 
 
 # Wan
@@ -146,7 +49,7 @@ def wan_run(load, path: str, per_token: bool = False):
     image = (io["image"], np.ones(io["image"].shape[:2], np.int32)) if "image" in io else ()
     cond = pt.Cond(batch.ids_BxSxK, batch.prompt_BxS, *image)
     out = np.asarray(jax.jit(lambda p, c: model.apply({"params": params}, p, c))(patches, cond))
-    return to_channels_first(pt.unpack(out, grids)), io
+    return np.moveaxis(frames(out, grids), 1, 2), io
 
 
 def test_wan_forward(load):
@@ -192,7 +95,13 @@ def test_wan_second_block(load):
 # Import and export
 
 
-FAMILIES = [(dit, "dit/dit_tiny"), (wan, "diffusers/wan_transformer"), (wan, "diffusers/wan_transformer_i2v")]
+FAMILIES = [
+    (dit, "dit/dit_tiny"),
+    (sit, "sit/sit_tiny"),
+    (latte, "latte/latte_tiny_class"),
+    (wan, "diffusers/wan_transformer"),
+    (wan, "diffusers/wan_transformer_i2v"),
+]
 
 
 @pytest.mark.parametrize("family, path", FAMILIES)
@@ -202,7 +111,9 @@ def test_export_is_the_inverse_of_import(load, family, path):
     again = family.to_theirs(params, config)
     assert again.keys() == state.keys()
     for name in state:
-        np.testing.assert_allclose(again[name], state[name], rtol=0, atol=2e-6 if name == "pos_embed" else 0)
+        np.testing.assert_allclose(
+            again[name], state[name], rtol=0, atol=2e-6 if name in ("pos_embed", "temp_embed") else 0
+        )
     jax.tree.map(np.testing.assert_array_equal, params, family.to_ours(again, config))
 
 
