@@ -131,14 +131,13 @@ class DiT(nn.Module):
             raise ValueError(f"depth={self.depth} is not a multiple of the attention pattern's {period} layers.")
         weights = {name: self.param(f"block_{name}", *spec) for name, spec in block_parameters(self).items()}
         weights = jax.tree.map(lambda w: w.reshape(self.depth // period, period, *w.shape[1:]), weights)
-
-        time_BxNxD, first = context.pop("time_BxNxD", None), jnp.arange(self.depth // period) == 0
+        first = jnp.arange(self.depth // period) == 0
 
         def layers(h, xs):
             w, first = xs
             for i, attended in enumerate(self.attention_pattern):
-                if time_BxNxD is not None and i == self.attention_pattern.index("time"):
-                    h = h + jnp.where(first, time_BxNxD, 0)
+                if "time_BxNxD" in context and i == self.attention_pattern.index("time"):
+                    h = h + jnp.where(first, context["time_BxNxD"], 0)
                 h = block(self, {k: v[i].astype(self.dtype) for k, v in w.items()}, h, context, attended)
             return h, None
 
