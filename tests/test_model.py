@@ -1,4 +1,4 @@
-"""The transformer: its size and cost, that packed clips do not see each other, and attention against plain numpy.
+"""The transformer: its cost, that packed clips do not see each other, and attention against plain numpy.
 
 B rows, N patches and S text tokens per row, G groups per row, P values per patch, E text width, H heads, K head
 width, n patches of one clip.
@@ -8,7 +8,6 @@ import ast
 import collections
 import dataclasses
 import functools
-import json
 import math
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from dit_video import patches as pt
 from dit_video.attention import attend as attend_eagerly
 from dit_video.attention import spread
 from dit_video.model import DiT, macs
-from dit_video.text.labels import LabelEncoder
 
 P, E, PATCH, STRIDE = 8, 10, (1, 2, 2), (8, 8)
 DEFAULT = DiT(
@@ -89,32 +87,7 @@ def random_params(model):
     return {name: draw(name, w) for name, w in shapes.items()}
 
 
-# Size and cost
-
-
-def test_sizes_and_macs_are_the_published_ones(shared):
-    """DiT-S, B, L and XL with patches of 2, 4 and 8: trainable parameters and multiply-accumulates, to the unit."""
-    for name, golden in json.loads((shared / "golden" / "dit" / "sizes.json").read_text()).items():
-        p, side = (int(n) for n in name.split("/")[1].split("@"))
-        D = golden["hidden"]
-        model = DiT(
-            4 * p * p, 8 * p * p, D, golden["depth"], golden["heads"], 4 * D, modulation="block", position="table",
-            qk_norm="none", text="pooled", text_width=D, level_scale=1000.0,
-        )  # fmt: skip
-        N, array = (side // p) ** 2, jax.ShapeDtypeStruct
-        int_1xN, int_1x1 = array((1, N), jnp.int32), array((1, 1), jnp.int32)
-        patches = pt.Patches(
-            array((1, N, 4 * p * p), jnp.float32), array((1, N, 3), jnp.float32), *[int_1xN] * 5,
-            array((1, 1), jnp.float32), int_1x1, int_1x1,
-        )  # fmt: skip
-        params = {
-            "dit": jax.eval_shape(
-                model.init, jax.random.key(0), patches, pt.Cond(array((1, 1, D), jnp.float32), int_1x1)
-            ),
-            "text": jax.eval_shape(LabelEncoder(D, 1000).init, jax.random.key(0), array((1, 1, 1), jnp.int32), int_1x1),
-        }
-        assert sum(w.size for w in jax.tree.leaves(params)) == golden["params_trainable"], name
-        assert macs(model, [N], [1]) == golden["macs_formula"], name
+# Cost
 
 
 @pytest.mark.parametrize("modulation", ["block", "shared"])
