@@ -15,14 +15,15 @@ from dit_video import patches as pt
 from dit_video.attention import rope_angles
 from dit_video.model import DiT, block
 from dit_video.weights import dit, latte, sit, wan
-from experiments.parity import golden
-from experiments.parity.golden import error, frames, levels, rows_of
+from experiments.parity import arrays
+from experiments.parity.arrays import error
+from experiments.parity.rows import frames, levels, rows_of
 
 
 @pytest.fixture(scope="module")
 def load(shared):
     """A reference's state dict, the arguments of its class, and the arrays that it took and gave."""
-    return functools.partial(golden.load, shared / "golden")
+    return functools.partial(arrays.load, shared / "golden")
 
 
 # Wan

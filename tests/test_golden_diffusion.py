@@ -21,7 +21,8 @@ from dit_video.sampling import guided, sample
 from dit_video.text.labels import LabelEncoder
 from dit_video.weights import diffusion, dit, latte, sit
 from experiments.parity import diffusion as parity
-from experiments.parity.golden import error, frames, per_clip
+from experiments.parity.arrays import error
+from experiments.parity.rows import frames, per_clip
 
 FAMILIES = {"dit": dit, "sit": sit, "latte": latte}
 TINY = {

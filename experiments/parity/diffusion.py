@@ -22,7 +22,8 @@ from dit_video.sampling import sample
 from dit_video.step import State, make_run
 from dit_video.text.labels import LabelEncoder, tokenise
 from dit_video.weights import diffusion, dit, latte, sit
-from experiments.parity.golden import error, frames, levels, load, per_clip, rows_of
+from experiments.parity.arrays import error, load
+from experiments.parity.rows import frames, levels, per_clip, rows_of
 
 CELLS, CHANNELS = 4, 4  # latents in a patch of 1 x 2 x 2, and their channels
 MODELS = {"dit": (dit, "dit/dit_tiny"), "sit": (sit, "sit/sit_tiny"), "latte": (latte, "latte/latte_tiny_class")}
@@ -198,7 +199,7 @@ def training_errors(golden_dir, p: Published) -> dict[str, float]:
         (total, _), gradient = gradient_of(state.params)
         state, _ = update(state, gradient, {"loss": total, "weight": jnp.ones(())})
         losses.append(total)
-    out["three steps, losses"] = error(losses, io["losses"])
+    out["three steps, losses"] = error(np.array(losses), io["losses"])
     after = load_file(golden_dir / "dit/train_params_after3.safetensors")
     averages = {name.removeprefix("ema_"): a for name, a in io.items() if name.startswith("ema_") and a.ndim}
     out["three steps, parameters"] = worst(dit.to_theirs(state.params, p.config), after, first | told)

@@ -1,28 +1,13 @@
-"""Reference arrays: read, laid out as our clips are, and the error against them.
+"""Reference arrays laid out as our clips are, in packed rows, and out of them.
 
 B clips in the arrays, N patches per row, C channels; a clip is F x C x Y x X in the arrays.
 """
 
 import dataclasses
-import json
 
 import numpy as np
-import safetensors
 
 from dit_video import patches as pt
-
-
-def load(golden_dir, path: str):
-    """A reference's state dict, the arguments of its class, and the arrays that it took and gave."""
-    with safetensors.safe_open(golden_dir / f"{path}.safetensors", "np") as file:
-        state, config = {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["config"])
-    return state, config, dict(np.load(golden_dir / f"{path}_io.npz"))
-
-
-def error(ours, theirs) -> float:
-    """The largest difference, relative to the reference's largest value."""
-    assert np.shape(ours) == np.shape(theirs), (np.shape(ours), np.shape(theirs))
-    return float(np.abs(np.asarray(ours, np.float64) - theirs).max() / np.abs(theirs).max())
 
 
 def rows_of(x_BxTxYxXxC, text_of, times_T, per_row: int, padding: int = 5):
