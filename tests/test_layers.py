@@ -17,7 +17,7 @@ LAYERS = (
     {"generate", "step", "requests"},
     {"meter"},
     {"trainer"},
-    {"train", "sample", "evaluate"},
+    {"train", "sample", "evaluate", "convert"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 FOREIGN = {"torch", "torchvision", "tensorflow", "keras", "tf_keras"}
