@@ -11,6 +11,7 @@ are missing, left over or of another shape are named, and are an error unless --
 """
 
 import json
+import re
 import sys
 
 from absl import app, flags
@@ -79,7 +80,8 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
     config.update_from_flattened_dict(families.FAMILIES[family].overrides(published))
 
     # A name without the prefix that the others have stays as it is: it fits nowhere, and is said to.
-    theirs = {name.removeprefix(prefix): stored for name, stored in opened.tensors.items()}
+    dead = re.compile(families.FAMILIES[family].dead)
+    theirs = {n.removeprefix(prefix): stored for n, stored in opened.tensors.items() if not dead.search(n)}
     found = stream.examine(theirs, rules, config.model.depth)
     if found and not partial:
         raise ValueError(
@@ -107,7 +109,7 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
     native.write_weights(to, tensors, config.to_dict(), 0, published={"family": family, "config": published})
     count = sum(int(np.prod(leaf.shape)) for leaf in abstract.values())
     new = sorted(abstract.keys() - held)
-    lines = [f"{opened.path}: {family}, {len(theirs)} tensors, {count:,} parameters -> {to}"]
+    lines = [f"{opened.path}: {family}, {len(opened.tensors)} tensors -> {count:,} parameters in {to}"]
     lines += [f"begun anew: {', '.join(new)}"] if new else []
     return "\n".join(lines + [str(found)] * bool(found))
 

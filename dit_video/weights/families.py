@@ -21,7 +21,8 @@ class Family(NamedTuple):
     """published(shapes, given) -> the published configuration, from the tensors' shapes and what its config.json
     gives, or None where the names are another family's; rules(published); overrides(published) -> our config's keys,
     flat; theirs(config) -> the published configuration of a config of ours, or None where it is no such model;
-    config_json(published) -> what its own loader reads beside the weights.
+    config_json(published) -> what its own loader reads beside the weights; dead: of published weights, the names of
+    those that its own class does not read either, as a regular expression.
     """
 
     published: Callable
@@ -29,6 +30,7 @@ class Family(NamedTuple):
     overrides: Callable
     theirs: Callable
     config_json: Callable
+    dead: str = "(?!)"
 
 
 def find(shapes: Mapping[str, tuple], given: Mapping, family: str | None = None) -> tuple[str, str, dict]:
@@ -322,7 +324,9 @@ def wan_original_config_json(published: Mapping) -> dict:
 # One line for each; of families with the same names, --family must say which.
 FAMILIES = {
     "dit": Family(dit_published, dit.rules, dit_overrides, dit_theirs, dict),
-    "wan": Family(wan_published, wan.rules, wan_overrides, wan_theirs, wan_config_json),
+    "wan": Family(
+        wan_published, wan.rules, wan_overrides, wan_theirs, wan_config_json, r"\.attn2\.norm_added_q\.weight$"
+    ),
     "wan-original": Family(
         wan_original_published, wan_original_rules, wan_overrides, lambda config: None, wan_original_config_json
     ),

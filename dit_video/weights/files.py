@@ -460,7 +460,6 @@ def _tensor(storage: _Storage, offset, shape: tuple, strides: tuple) -> _Tensor:
     count = math.prod(shape)
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides))
     if count and (last >= storage.length or count > storage.length):
-        raise ValueError(
-            f"its pickle has a tensor of shape {shape}, strides {strides} at {offset}, beyond its {storage.length} items."
-        )
+        where = f"of shape {shape}, strides {strides} at {offset}"
+        raise ValueError(f"its pickle has a tensor {where}, beyond the {storage.length} items of its storage.")
     return _Tensor(storage, offset, shape, strides)

@@ -5,12 +5,10 @@ L blocks, I inputs, O outputs, r rank. Factors are {matrix: {'a': [L, I, r], 'b'
 and alpha, so that W' = W + alpha / r * up down; without an alpha it is r.
 """
 
-import json
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 
@@ -96,7 +94,9 @@ def read(path, config) -> dict:
         alpha = float(np.asarray(parts["alpha"][1], np.float32)) if "alpha" in parts else len(down)
         # The rules permute, split or transpose a weight's outputs: on its left factor they do the same.
         for ours, b in zip(rule.ours, rule.there(up * np.float32(alpha / len(down)))):
-            blocks.setdefault(ours.removeprefix("dit/"), {})[i] = (down.T, b)
+            # Where one of theirs holds several of ours, the ranks that are another's add nothing here.
+            mine = b.any(1) if len(rule.ours) > 1 and b.any() else slice(None)
+            blocks.setdefault(ours.removeprefix("dit/"), {})[i] = (down.T[:, mine], b[mine])
     return {name: _stack(some, depth) for name, some in blocks.items()}
 
 
@@ -133,10 +133,7 @@ def write(path, factors: Mapping, scale: float, config, layout: str = "diffusers
                 stem = f"transformer.{stem}"
                 tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up * np.float32(scale)}
     stored = {n: Stored(a.shape, np.dtype(np.float32), lambda a=a: a) for n, a in tensors.items()}
-    about = (
-        {"dit_video": json.dumps({"lora": config.to_dict()})} if isinstance(config, ml_collections.ConfigDict) else {}
-    )
-    write_safetensors(path, stored, {"format": "pt"} | about)
+    write_safetensors(path, stored, {"format": "pt"})
 
 
 def _all_rules(config) -> list[list[Rule]]:
