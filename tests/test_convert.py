@@ -365,14 +365,12 @@ def test_safetensors_are_written_as_the_library_writes_them(tmp_path):
     """Byte for byte, so that others read them; and what it wrote is read back."""
     rng, mixed = np.random.default_rng(0), (np.float32, np.float16, np.int64, np.uint8, ml_dtypes.bfloat16)
     state = {f"w{i}": (9 * rng.standard_normal((i, 3))).astype(d) for i, d in enumerate(mixed)}
-    theirs = {n: (a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a) for n, a in state.items()}
     (tmp_path / "theirs.safetensors").write_bytes(safetensors.numpy.save(state, {"a": "b"}))
     found, metadata = open_safetensors(tmp_path / "theirs.safetensors")
     assert metadata == {"a": "b"}
     assert_equal({n: np.asarray(s) for n, s in found.items()}, state)
     CONVERT_FILES.write_safetensors(tmp_path / "ours.safetensors", found, metadata)
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
-    assert theirs.keys() == state.keys()
 
 
 def test_index_of_several_files(tmp_path):
@@ -605,7 +603,7 @@ def test_from_a_hub_id_without_a_network(tmp_path):
         [*command, f"--from={source}"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
     done = call("some/wan")
-    assert done.returncode == 0 and "wan, 77 tensors" in done.stdout, done.stderr
+    assert done.returncode == 0 and ": wan, " in done.stdout, done.stderr
     assert native.load_weights(tmp_path / "out.safetensors")[1]["model"]["width"] == 32
     done = call("some/other")
     assert done.returncode == 1 and "FileNotFoundError: some/other is not on this machine" in done.stderr

@@ -18,19 +18,20 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+# In the order of the format's own: a file's tensors come in the reverse of it, each aligned to its items.
 DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I16": np.int16,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "I64": np.int64,
     "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I64": np.int64,
 }
 STORAGES = {
     "torch DoubleStorage": np.float64,
@@ -198,8 +199,8 @@ def write_safetensors(path, tensors: Mapping[str, Stored], metadata: Mapping[str
     names, header, end = {np.dtype(d): n for n, d in DTYPES.items()}, {}, 0
     if metadata:
         header["__metadata__"] = dict(metadata)
-    # The format wants each tensor aligned to its items: the widest come first.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    rank = {name: i for i, name in enumerate(DTYPES)}
+    order = sorted(tensors, key=lambda name: (-rank[names[tensors[name].dtype]], name))
     for name in order:
         stored = tensors[name]
         begin, end = end, end + math.prod(stored.shape) * stored.dtype.itemsize
@@ -213,7 +214,7 @@ def write_safetensors(path, tensors: Mapping[str, Stored], metadata: Mapping[str
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            array = np.ascontiguousarray(np.asarray(tensors[name], tensors[name].dtype))
+            array = np.asarray(np.asarray(tensors[name], tensors[name].dtype), order="C")
             if array.shape != tensors[name].shape:
                 raise ValueError(f"{name!r} was said to be {tensors[name].shape} and is {array.shape}.")
             file.write(array.reshape(-1).view(np.uint8).data)

@@ -128,7 +128,7 @@ def write(path, factors: Mapping, scale: float, config, layout: str = "diffusers
             if kohya:
                 stem = f"lora_unet_{stem.replace('.', '_')}"
                 tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
-                tensors[f"{stem}.alpha"] = np.float32(scale * len(down))
+                tensors[f"{stem}.alpha"] = np.asarray(scale * len(down), np.float32)
             else:
                 stem = f"transformer.{stem}"
                 tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up * np.float32(scale)}

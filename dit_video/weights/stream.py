@@ -6,6 +6,7 @@ L blocks. The rules are those of `dit_video.weights`; here both sides stay in th
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
 
 from dit_video.weights import Rule
@@ -80,7 +81,7 @@ def to_ours(
             makers[ours] = make
         if not rule.ours and sound.issuperset(rule.names(depth)):  # computed here: only checked
             for name in rule.names(depth):
-                rule.there(np.asarray(theirs[name], np.float32))
+                rule.there(_unrounded(theirs[name], rule.back()))
     makers |= {name: lambda name=name: np.asarray(fresh(name)) for name in abstract if name not in makers}
     return {name: Stored(tuple(abstract[name].shape), np.dtype(dtype), makers[name]) for name in abstract}
 
@@ -107,6 +108,12 @@ def to_theirs(ours: Mapping[str, Stored], rules: Sequence[Rule], depth: int, dty
 
             theirs[name] = Stored(tuple(rule.shape), np.dtype(dtype), make)
     return theirs
+
+
+def _unrounded(stored: Stored, wanted):
+    """A tensor in float32; values, of 1 at most, that are `wanted` but for the file's dtype's rounding are `wanted`."""
+    array = np.asarray(stored, np.float32)
+    return np.where(np.abs(array - wanted) <= float(ml_dtypes.finfo(stored.dtype).eps) / 4, wanted, array)
 
 
 def _part(stored, i: int | None):
