@@ -91,7 +91,7 @@ def train(config, workdir) -> State:
             if config.init_from:
                 state = _start_from(config.init_from, state, shardings)
             if config.lora.rank and config.lora.init_from:
-                state = _start_factors_from(config, state, shardings)
+                state = start_factors_from(config, state, shardings)
         if start >= config.steps:
             print(f"{workdir} is finished: {start} of {config.steps} steps. Raise config.steps to go on.")
             return state
@@ -296,7 +296,7 @@ def _start_from(path, state: State, shardings) -> State:
     return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))
 
 
-def _start_factors_from(config, state: State, shardings) -> State:
+def start_factors_from(config, state: State, shardings) -> State:
     """The state with a file's low-rank factors. Raises ValueError where they are not those of the config."""
     given = lora.read(config.lora.init_from, config)
     describe = lambda factors: {name: (f["a"].shape, f["b"].shape) for name, f in factors.items()}

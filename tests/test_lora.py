@@ -3,6 +3,8 @@
 L blocks, D model width, r rank.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,8 @@ from test_trainer import WHOLE, awake, first_batches, tiny
 from configs import base
 from dit_video import generate
 from dit_video.checkpoint import Checkpoints, digest
-from dit_video.step import make_run
-from dit_video.trainer import train
+from dit_video.step import State, make_run
+from dit_video.trainer import start_factors_from, train
 from dit_video.weights import dit, families, lora, wan
 
 
@@ -130,7 +132,7 @@ def test_published_factors_are_worth_here_what_they_are_there(tmp_path, layout, 
         stem = prefix + rename(name)
         tensors |= {stem + down_end: down, stem + up_end: up}
         if alpha is not None:
-            tensors[f"{stem}.alpha"] = np.float32(alpha)
+            tensors[f"{stem}.alpha"] = np.asarray(alpha, np.float32)
         merged[f"{name}.weight"] = state[f"{name}.weight"] + (alpha or rank) / rank * (up @ down)
     safetensors.numpy.save_file(tensors, tmp_path / "lora.safetensors")
     found = lora.read(tmp_path / "lora.safetensors", config_of("wan"))
@@ -244,23 +246,29 @@ def test_what_a_run_leaves_is_its_base_and_its_factors(trained):
     assert {"transformer.blocks.0.q.lora_A.weight", "transformer.blocks.1.mlp_out.lora_B.weight"} <= names
 
 
-def test_training_goes_on_from_a_file_of_factors(trained, tmp_path):
-    """The first state has the file's product; another rank is refused before anything is trained."""
-    given = {"init_from": str(trained / "base.safetensors"), "optimizer.lr": 0.0, "steps": 1}
-    given |= {"lora.init_from": str(trained / "whole" / "lora.safetensors")}
-    train(settings(**given), tmp_path / "on")
-    found, wanted = generate.load(tmp_path / "on").params, generate.load(trained / "whole").params
-    for name, w in wanted["dit"].items():
-        np.testing.assert_allclose(found["dit"][name], w, atol=1e-6, err_msg=name)
+def test_training_goes_on_from_a_file_of_factors(trained):
+    """The first state has the file's product; another rank is refused, and both are named."""
+    config = settings(**{"lora.init_from": str(trained / "whole" / "lora.safetensors"), "lora.alpha": 1.0})
+    state = restored(trained / "whole").state
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    place = lambda tree: jax.tree.map(lambda _: device, tree)
+    one = jnp.zeros((), jnp.int32)
+    begun = State(one, jax.tree.map(jnp.zeros_like, state["params"]), state["ema"], {}, one, one, {})
+    begun = start_factors_from(config, begun, place(begun))
+    assert lora.scale(config) == 0.5
+    wanted = products(state["ema"]["lora"], 2.0)
+    for tree in (begun.params, begun.ema):
+        assert_same(products(jax.device_get(tree["lora"]), 0.5), wanted, rtol=1e-5, atol=1e-9)
+    config.lora.rank = 3
+    begun = dataclasses.replace(begun, params={"lora": random_factors(config)})
     with pytest.raises(ValueError, match=r"lora.init_from=.* has factors .* and this config"):
-        train(settings(**given | {"lora.rank": 3}), tmp_path / "other")
+        start_factors_from(config, begun, place(begun))
 
 
 def test_gradients_of_the_factors_are_those_of_the_merged_weights():
     """dA = scale dW B', dB = scale A' dW: the loss is that of the merged model and of no other."""
-    config = settings(steps=1)
-    (batch,) = first_batches(make_run(config), 1)
-    run, plain = make_run(config), make_run(tiny(WHOLE))
+    run, plain = make_run(tiny({"lora.rank": 2, "lora.alpha": 4.0})), make_run(tiny())
+    (batch,) = first_batches(run, 1)
     state = jax.jit(run.init)(jax.random.key(0))
     params, frozen = awake(state.params), awake(state.frozen)
     key = jax.random.key(1)
