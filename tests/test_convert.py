@@ -455,6 +455,30 @@ def test_streaming_gives_what_importing_gives(shared, path):
         assert_equal({n: np.asarray(s) for n, s in ours.items()}, wanted)
 
 
+def test_wans_own_names():
+    """As listings of the published checkpoints have them: 40 blocks of these, and these once."""
+    linear = lambda *names: {f"{n}.{part}" for n in names for part in ("weight", "bias")}
+    attention = [f"{kind}_attn.{x}" for kind in ("self", "cross") for x in "qkvo"]
+    block = linear(*attention, "cross_attn.k_img", "cross_attn.v_img", "norm3", "ffn.0", "ffn.2") | {"modulation"}
+    block |= {f"{n}.weight" for n in ("self_attn.norm_q", "self_attn.norm_k", "cross_attn.norm_q", "cross_attn.norm_k")}
+    once = linear("patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
+    once |= linear("time_projection.1", "head.head", *(f"img_emb.proj.{i}" for i in (0, 1, 3, 4))) | {"head.modulation"}
+    image = WAN | {"image_dim": 10, "added_kv_proj_dim": 32}
+    found = {rule.theirs for rule in families.wan_original_rules(image)}
+    assert found == once | {f"blocks.{{}}.{n}" for n in block | {"cross_attn.norm_k_img.weight"}}
+    pairs = {
+        "blocks.3.norm2.weight": "blocks.3.norm3.weight",
+        "blocks.3.scale_shift_table": "blocks.3.modulation",
+        "scale_shift_table": "head.modulation",
+        "blocks.3.attn1.to_q.weight": "blocks.3.self_attn.q.weight",
+        "blocks.3.attn2.to_out.0.bias": "blocks.3.cross_attn.o.bias",
+        "blocks.3.attn2.add_v_proj.bias": "blocks.3.cross_attn.v_img.bias",
+        "condition_embedder.image_embedder.norm2.weight": "img_emb.proj.4.weight",
+        "condition_embedder.time_embedder.linear_2.weight": "time_embedding.2.weight",
+    }
+    assert {n: families.original_name(n) for n in pairs} == pairs
+
+
 def test_what_does_not_fit_is_named_and_refused(tmp_path):
     """Missing, left over and misshapen weights; --partial takes the rest, and begins what is missing anew."""
     state = random_weights("wan")
