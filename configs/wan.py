@@ -4,9 +4,8 @@
     python -m dit_video.train --config=configs/wan.py:T2V-1.3B --config.init_from=wan.safetensors ...
 
 Parameters of the transformers, in this order: 1,418,996,800, 14,288,491,584, 16,394,878,784, 4,999,787,712: exactly the
-published checkpoints' (but for 204,800 gains in diffusers' I2V file that its class does not read). To these our file
-adds one token, the empty prompt, zeros as converted.
-Captions come as UMT5's embeddings: text.file holds for each [511, 4096], padded with zeros, which stay ordinary keys.
+published checkpoints' (but for 204,800 gains in diffusers' I2V file that its class does not read).
+Captions come as UMT5 encoded them: text.encoder is its folder, text.file where its embeddings are kept.
 Latents have 16 channels and strides of (4, 8, 8) at 16 frames per second; TI2V's 48, (4, 16, 16), 24.
 """
 
@@ -30,7 +29,7 @@ def get_config(form="T2V-1.3B"):
     )
     stride, rate = (16, 6.0) if form == "TI2V-5B" else (8, 4.0)  # pixels per latent, latent frames per second
     codec.kind, codec.stride = "latents", (4, stride, stride)
-    config.text.kind, config.text.width = "embeddings", 4096
+    config.text.kind, config.text.width, config.text.tokens = "frozen", 4096, 512
     config.data.text_length, config.data.group_by = 2048, "clip"
     model.patch, model.predict, model.dtype = (1, 2, 2), "v", "bfloat16"
     model.position, model.qk_norm = "rope", "width"

@@ -10,6 +10,8 @@ Takes ours back to the published names, and writes config.json beside them. Noth
 are missing, left over or of another shape are named, and are an error unless --partial.
 """
 
+import ast
+import functools
 import json
 import re
 import sys
@@ -24,6 +26,9 @@ FAMILY = flags.DEFINE_string(
 EXPORT = flags.DEFINE_bool("export", False, "From our names to the published ones.")
 PARTIAL = flags.DEFINE_bool("partial", False, "Leave out what fits nowhere; what is missing begins as in a new model.")
 PUBLISHED = flags.DEFINE_string("published", "{}", "JSON: fields of the published configuration, over its config.json.")
+SET = flags.DEFINE_multi_string(
+    "set", [], "A key of our config, as in codec.kind=wan: what converted files come to use."
+)
 ENTRY = flags.DEFINE_string("entry", None, "The state dict to take from a PyTorch file of several.")
 REVISION = flags.DEFINE_string("revision", None, "The hub repository's commit, tag or branch.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "By default bfloat16 where all weights are.")
@@ -58,17 +63,17 @@ def fetch(source: str, revision: str | None = None):
     return epath.Path(path)
 
 
-def import_file(source, to, given=None, family=None, entry=None, dtype=None, partial=False) -> str:
+def import_file(source, to, given=None, family=None, entry=None, dtype=None, partial=False, settings=None) -> str:
     """Writes published weights as a native file; returns what was found, in words.
 
-    given: fields of the published configuration. Raises ValueError where weights do not fit, unless `partial`.
+    given: fields of the published configuration; settings: keys of our config, flat, over the family's. Raises
+    ValueError where weights do not fit, unless `partial`.
     """
     import jax
     import ml_dtypes
     import numpy as np
 
     from configs import base
-    from dit_video.step import make_run
     from dit_video.weights import families, native, stream
     from dit_video.weights.files import open_weights
 
@@ -78,6 +83,7 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
     rules = families.FAMILIES[family].rules(published)
     config = base.get_config()
     config.update_from_flattened_dict(families.FAMILIES[family].overrides(published))
+    set_keys(config, settings or {})
 
     # A name without the prefix that the others have stays as it is: it fits nowhere, and is said to.
     dead = re.compile(families.FAMILIES[family].dead)
@@ -88,18 +94,16 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
             f"{opened.path} is not the {family} that its configuration says (--partial takes it):\n{found}"
         )
 
-    run = make_run(config)
-    init = jax.eval_shape(run.init, jax.random.key(0)).params
-    abstract = {f"{tree}/{name}": leaf for tree in init for name, leaf in init[tree].items()}
+    init = functools.partial(init_params, config)
+    made = jax.eval_shape(init)
+    abstract = {f"{tree}/{name}": leaf for tree in made for name, leaf in made[tree].items()}
     held = {ours for rule in rules for ours in rule.ours}
     if strange := sorted(held - abstract.keys()):
         raise ValueError(f"{family}'s rules name {strange}, which the model of its configuration does not have.")
 
     def fresh(name):
-        if name == "text/null" and name not in held:  # an empty prompt is a token of zeros, as the padding is
-            return np.zeros(abstract[name].shape, np.float32)
         tree, leaf = name.split("/")
-        return jax.jit(lambda: run.init(jax.random.key(config.seed)).params[tree][leaf])()
+        return jax.jit(lambda: init()[tree][leaf])()
 
     if dtype is None:
         whole = all(stored.dtype == np.dtype(ml_dtypes.bfloat16) for stored in theirs.values())
@@ -112,6 +116,55 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
     lines = [f"{opened.path}: {family}, {len(opened.tensors)} tensors -> {count:,} parameters in {to}"]
     lines += [f"begun anew: {', '.join(new)}"] if new else []
     return "\n".join(lines + [str(found)] * bool(found))
+
+
+def init_params(config) -> dict:
+    """A new model's parameters {'text', 'dit'} for a config whose text encoder and autoencoder need not be here."""
+    import jax
+    import jax.numpy as jnp
+
+    from dit_video.flow import named_key
+    from dit_video.model import make_model
+    from dit_video.patches import Cond, Patches
+    from dit_video.text import make_text
+
+    model, key = make_model(config, config.codec.channels), jax.random.key(config.seed)
+    zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+    floats = jnp.zeros((1, 1, model.patch_values)), jnp.zeros((1, 1, 3)), jnp.zeros((1, 1))
+    x_BxNxP, pos_BxNx3, level_BxG = floats
+    one = zeros(1, 1)
+    patches = Patches(x_BxNxP, pos_BxNx3, one, one, one, one, one, level_BxG, one, one)
+    image = (jnp.zeros((1, 1, model.image_width)), one) if model.image_width else ()
+    cond = Cond(jnp.zeros((1, 1, model.text_width)), one, *image)
+    params = {"text": {}, "dit": model.init(named_key(key, "dit"), patches, cond)["params"]}
+    if config.text.kind != "frozen":
+        text = make_text(config.text)
+        ids = jnp.zeros((1, *text.tokenise("").shape), text.tokenise("").dtype)
+        params["text"] = text.module.init(named_key(key, "text"), ids, zeros(*ids.shape[:2]))["params"]
+    return params
+
+
+def set_keys(config, settings) -> None:
+    """Sets keys of a config, {'codec.kind': 'wan'}. Raises ValueError for one that there is not, or of another type."""
+    for key, value in settings.items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"--set={key}={value} does not fit configs/base.py: {error}") from error
+
+
+def parse_settings(given) -> dict:
+    """{'codec.kind': 'wan', 'codec.stride': (4, 8, 8)} of ['codec.kind=wan', 'codec.stride=(4, 8, 8)']."""
+    settings = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set={text!r} is not of the form KEY=VALUE, as in codec.kind=wan.")
+        try:
+            settings[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[key] = value
+    return settings
 
 
 def export_file(source, to, given=None, family=None, dtype=None) -> str:
@@ -133,7 +186,8 @@ def export_file(source, to, given=None, family=None, dtype=None) -> str:
         import ml_collections
 
         ours, metadata = native.read_weights(file)
-        config, remembered = ml_collections.ConfigDict(metadata["config"]), metadata.get("published", {})
+        config = ml_collections.ConfigDict(generate.with_newer_keys(metadata["config"]))
+        remembered = metadata.get("published", {})
     else:
         trained = generate.load(source)
         config = trained.config
@@ -189,7 +243,8 @@ def main(argv):
             return
         to = TO.value if TO.value.endswith(".safetensors") else f"{TO.value.rstrip('/')}/weights.safetensors"
         source = fetch(FROM.value, REVISION.value)
-        print(import_file(source, to, given, FAMILY.value, ENTRY.value, DTYPE.value, PARTIAL.value))
+        settings = parse_settings(SET.value)
+        print(import_file(source, to, given, FAMILY.value, ENTRY.value, DTYPE.value, PARTIAL.value, settings))
     except (ValueError, FileNotFoundError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

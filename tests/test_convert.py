@@ -29,6 +29,7 @@ from configs import wan as wan_config
 from dit_video import generate
 from dit_video.sharding import make_mesh, state_shardings
 from dit_video.step import make_run
+from dit_video.text import embeddings
 from dit_video.weights import dit, families, native, stream, wan
 from dit_video.weights.files import open_safetensors, open_torch, open_weights, read_pickle
 
@@ -514,7 +515,7 @@ def test_a_family_that_cannot_be_known_is_asked_for(tmp_path):
 def test_a_run_is_exported_under_the_published_names(tmp_path):
     """What a config of ours trains: to the names, and the config.json, that the family's own loader reads."""
     config = base.get_config()
-    config.update_from_flattened_dict(families.wan_overrides(WAN))
+    config.update_from_flattened_dict(families.wan_overrides(WAN) | {"text.kind": "embeddings"})
     run = make_run(config)
     params = jax.jit(lambda: run.init(jax.random.key(0)).params)()
     generate.save_weights(tmp_path / "run.safetensors", params, config, 7)
@@ -525,14 +526,15 @@ def test_a_run_is_exported_under_the_published_names(tmp_path):
     CONVERT.export_file(tmp_path / "run.safetensors", tmp_path / "own", family="wan-original")
     assert json.loads((tmp_path / "own" / "config.json").read_text())["dim"] == 32
     CONVERT.import_file(tmp_path / "own", tmp_path / "again.safetensors")
-    assert_equal(read(tmp_path / "again.safetensors"), {**read(tmp_path / "run.safetensors"), "text/null": NULL})
+    wanted = read(tmp_path / "run.safetensors")
+    assert wanted.pop("text/null").shape == (12,)
+    assert_equal(read(tmp_path / "again.safetensors"), wanted)
     config.model.qk_norm = "head"
     generate.save_weights(tmp_path / "other.safetensors", params, config, 7)
     with pytest.raises(ValueError, match="is no model of a published family"):
         CONVERT.export_file(tmp_path / "other.safetensors", tmp_path / "out")
 
 
-NULL = np.zeros(12, ml_dtypes.bfloat16)
 CONVERT_FILES = importlib.import_module("dit_video.weights.files")
 
 
@@ -551,13 +553,13 @@ SIZES = {
 def test_wan_of_the_published_sizes(form):
     """Counted by shape, nothing allocated; what the config says is what its checkpoint's conversion would say."""
     config = wan_config.get_config(form)
-    params = jax.eval_shape(make_run(config).init, jax.random.key(0)).params
+    params = jax.eval_shape(lambda: CONVERT.init_params(config))
     family, published = families.family_of(config)
     names = {n: r.shape for r in families.FAMILIES[family].rules(published) for n in r.names(config.model.depth)}
     parameters, tensors = SIZES[form]
     assert sum(leaf.size for leaf in jax.tree.leaves(params["dit"])) == parameters
     assert (sum(int(np.prod(s)) for s in names.values()), len(names)) == (parameters, tensors)
-    assert jax.tree.map(lambda leaf: leaf.shape, params["text"]) == {"null": (4096,)}
+    assert params["text"] == {}
     flat = {".".join(map(str, k)): v for k, v in _flat(config.to_dict())}
     for key, value in families.FAMILIES[family].overrides(published).items():
         assert key == "name" or flat[key] == value, key
@@ -576,7 +578,10 @@ def converted(tmp_path_factory):
     """A directory with a tiny Wan, as the command leaves it."""
     folder = tmp_path_factory.mktemp("converted")
     source = save(folder / "in.safetensors", random_weights("wan"), config=WAN)
-    run_here(CONVERT, f"--from={source}", f"--to={folder / 'wan'}")
+    prompts = {embeddings.key(p): np.full((3, 12), 0.1 * i, np.float32) for i, p in enumerate(("", "a cat"))}
+    safetensors.numpy.save_file(prompts, folder / "text.safetensors")
+    how = [f"--set=text.file={folder / 'text.safetensors'}", "--set=text.tokens=8", "--set=sample.interval=(0.0,0.9)"]
+    run_here(CONVERT, f"--from={source}", f"--to={folder / 'wan'}", *how)
     return folder / "wan"
 
 
@@ -588,14 +593,16 @@ def run_here(module, *given):
 def test_a_converted_model_makes_latents(converted, tmp_path):
     """Without an autoencoder it says so before anything is sampled, or writes what it made."""
     sample = importlib.import_module("test_cli").SAMPLE
-    flags_ = ["--prompt=", "--size=32x16", "--frames=5", "--steps=2", f"--out={tmp_path / 'out'}"]
+    flags_ = ["--prompt=a cat", "--size=32x16", "--frames=5", "--steps=2", f"--out={tmp_path / 'out'}"]
     with pytest.raises(SystemExit, match=r"Wan makes latents, and has no autoencoder.*--save=latents"):
         run_here(sample, f"--weights={converted}", *flags_)
     assert not (tmp_path / "out").exists()
     run_here(sample, f"--weights={converted / 'weights.safetensors'}", *flags_, "--save=latents", "--seed=3")
+    config = generate.load(converted).config
+    assert (config.text.tokens, tuple(config.sample.interval)) == (8, (0.0, 0.9))
     made = np.load(tmp_path / "out" / "latents.npz")
     assert made["latents_000"].shape == (2, 2, 4, 4) and np.isfinite(made["latents_000"]).all()
-    assert (made["seeds"].tolist(), made["prompts"].tolist()) == ([3], [""])
+    assert (made["seeds"].tolist(), made["prompts"].tolist()) == ([3], ["a cat"])
 
 
 def test_weights_are_laid_out_as_they_are_read(converted):
@@ -643,6 +650,7 @@ def test_from_a_hub_id_without_a_network(tmp_path):
         (["--from=..", "--published=[1]"], r"is no JSON of fields"),
         (["--from=..", "--family=gan"], r"--family=gan is not known. Allowed: \['dit'"),
         (["--from=..", "more"], r"'more' is no flag"),
+        (["--from=..", "--set=codec.kind"], r"--set='codec.kind' is not of the form KEY=VALUE"),
         (["--from=missing", "--export"], r"missing holds no checkpoint"),
     ],
 )
