@@ -89,7 +89,7 @@ def train(config, workdir) -> State:
         else:
             state, start, extra = jax.jit(run.init, out_shardings=shardings)(named_key(key, "init")), 0, {}
             if config.init_from:
-                state = _start_from(config.init_from, state, shardings)
+                state = start_from(config.init_from, state, shardings)
             if config.lora.rank and config.lora.init_from:
                 state = start_factors_from(config, state, shardings)
         if start >= config.steps:
@@ -270,7 +270,7 @@ def _sample_gallery(config, workdir, writer, ema, step: int) -> None:
             writer.video(step, f"sample/{i}", sample.video_TxYxXx3, sample.fps)
 
 
-def _start_from(path, state: State, shardings) -> State:
+def start_from(path, state: State, shardings) -> State:
     """The state with another run's averaged weights, and a fresh optimizer. Raises ValueError where they differ.
 
     A file's tensors go to their devices one by one, in the place of those that were drawn at random.

@@ -30,6 +30,7 @@ from dit_video import generate
 from dit_video.sharding import make_mesh, state_shardings
 from dit_video.step import make_run
 from dit_video.text import embeddings
+from dit_video.trainer import start_from
 from dit_video.weights import dit, families, native, stream, wan
 from dit_video.weights.files import open_safetensors, open_torch, open_weights, read_pickle
 
@@ -603,6 +604,31 @@ def test_a_converted_model_makes_latents(converted, tmp_path):
     made = np.load(tmp_path / "out" / "latents.npz")
     assert made["latents_000"].shape == (2, 2, 4, 4) and np.isfinite(made["latents_000"]).all()
     assert (made["seeds"].tolist(), made["prompts"].tolist()) == ([3], ["a cat"])
+
+
+def test_a_run_begins_from_a_converted_model(tmp_path):
+    """A DiT over the pixel codec's values: its weights become the state's, each in its sharding."""
+    published = DIT | {"in_channels": 12, "learn_sigma": False}
+    state = random_weights("dit", published)
+    CONVERT.import_file(
+        save(tmp_path / "in.safetensors", state, config=published), tmp_path / "run/weights.safetensors"
+    )
+    config = generate.load(tmp_path / "run").config
+    config.codec.kind, config.codec.stride = "pixels", (4, 1, 1)
+    config.mesh.fsdp = jax.device_count()
+    run, mesh = make_run(config), make_mesh(config.mesh)
+    shardings = state_shardings(jax.eval_shape(run.init, jax.random.key(0)), mesh)
+    fresh = lambda: jax.jit(run.init, out_shardings=shardings)(jax.random.key(0))
+    begun = start_from(tmp_path / "run", fresh(), shardings)
+    wanted = dit.to_ours(state, published)
+    for tree in (begun.params, begun.ema):
+        jax.tree.map(np.testing.assert_array_equal, tree, wanted)
+        assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, tree, shardings.params))
+    CONVERT.import_file(
+        save(tmp_path / "in.safetensors", random_weights("dit"), config=DIT), tmp_path / "other.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"other weights than this config:\n.*\['dit'\]\['last'\]"):
+        start_from(tmp_path / "other.safetensors", fresh(), shardings)
 
 
 def test_weights_are_laid_out_as_they_are_read(converted):
