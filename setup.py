@@ -1,5 +1,6 @@
 """pip install -e .            trains and samples on CPU (or on whatever jax is already installed for)
 pip install -e '.[test]'      the tests as well
+pip install -e '.[hub]'       published weights by their names on the Hugging Face hub
 pip install -e '.[gpu]'       jax with CUDA 12
 pip install -e '.[published]' tokenisers of published text encoders
 """
@@ -37,8 +38,16 @@ setuptools.setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
+        "hub": ["huggingface_hub>=0.30"],
         "published": ["sentencepiece>=0.2", "tokenizers>=0.20"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "sentencepiece>=0.2", "tokenizers>=0.20"],
+        "test": [
+            "huggingface_hub>=0.30",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "sentencepiece>=0.2",
+            "tokenizers>=0.20",
+        ],
         "gpu": ["jax[cuda12]>=0.10"],
         "notebook": ["ipykernel", "matplotlib"],
     },

@@ -91,6 +91,12 @@ def get_config() -> ml_collections.ConfigDict:
     model.remat = "dots"  # 'none', 'dots' or 'full': what the backward pass computes again
     model.unroll = 1  # layers unrolled in the scan over layers
 
+    config.lora = lora = ml_collections.ConfigDict()
+    lora.rank = 0  # of the low-rank factors that are trained in place of all weights; 0 = all weights are trained
+    lora.alpha = 0.0  # the factors' product counts alpha / rank times; 0 = the rank
+    lora.targets = ("q", "k", "v", "o", "text_q", "text_k", "text_v", "text_o", "mlp_in", "mlp_out")  # of each block
+    lora.init_from = ""  # a .safetensors file of factors to go on from; init_from names the weights themselves
+
     config.flow = flow = ml_collections.ConfigDict()
     flow.distribution = "logit_normal"  # of the training levels: 'uniform', 'logit_normal' or 'mode'
     flow.mean = 0.6  # logit_normal: mean of the logit; above 0 is towards noise

@@ -42,10 +42,11 @@ from dit_video.tasks import (
     told,
 )
 from dit_video.text import make_text
+from dit_video.weights import lora
 from dit_video.weights.encoders import complete
 from dit_video.weights.native import load_weights, save_weights
 
-__all__ = ["Trained", "load", "sample", "save_weights"]
+__all__ = ["Trained", "add_lora", "load", "sample", "sample_latents", "save_weights", "weights_file"]
 
 FAR = 8  # times the patches of the longest clip trained on: a request beyond is worth a word
 
@@ -60,21 +61,41 @@ class Trained:
     source: str
 
 
-def load(path) -> Trained:
-    """The averaged weights of a run's workdir (its newest sound checkpoint) or of a .safetensors file.
+def load(path, sharding=None) -> Trained:
+    """The averaged weights of a run's workdir (its newest sound checkpoint), or of a .safetensors file of ours.
 
-    Raises FileNotFoundError where there is neither.
+    sharding: how a file's weights are laid out on devices, tensor by tensor (see `load_weights`); None gives numpy
+    arrays. Raises FileNotFoundError where there is neither.
     """
     path = epath.Path(path)
-    if path.suffix == ".safetensors":
-        params, config, step = load_weights(path)
+    if file := weights_file(path):
+        params, config, step = load_weights(file, sharding)
         return Trained(params, ml_collections.ConfigDict(with_newer_keys(config)), step, str(path))
-    for directory in (path / "checkpoints", path):
-        if (directory / checkpoint.SUMS).exists() or _holds_checkpoints(directory):
-            restored = checkpoint.load(directory, "ema")
-            config = ml_collections.ConfigDict(with_newer_keys(restored.config))
-            return Trained(restored.state, config, restored.step, str(path))
-    raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file of weights.")
+    directory = _checkpoints(path)
+    if directory is None:
+        raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file of weights.")
+    restored = checkpoint.load(directory, "ema")
+    params, config = restored.state, ml_collections.ConfigDict(with_newer_keys(restored.config))
+    if "lora" in params:
+        whole = checkpoint.load(directory, "frozen").state
+        params = whole | {"dit": lora.merge(whole["dit"], params["lora"], lora.scale(config))}
+    return Trained(params, config, restored.step, str(path))
+
+
+def weights_file(path):
+    """The .safetensors file that a path is, or that a directory without checkpoints has; else None."""
+    path = epath.Path(path)
+    if path.suffix == ".safetensors":
+        return path
+    file = path / "weights.safetensors"
+    return file if file.exists() and _checkpoints(path) is None else None
+
+
+def add_lora(trained: Trained, path, strength: float = 1.0) -> Trained:
+    """The weights with a file of low-rank factors merged in, `strength` times; see `lora.read`."""
+    factors = lora.read(path, trained.config)
+    dit = lora.merge(trained.params["dit"], factors, strength)
+    return dataclasses.replace(trained, params=trained.params | {"dit": dit}, source=f"{trained.source} + {path}")
 
 
 def with_newer_keys(saved: dict) -> dict:
@@ -87,6 +108,14 @@ def with_newer_keys(saved: dict) -> dict:
     return overlay(base.get_config().to_dict(), saved)
 
 
+def _checkpoints(path):
+    """The directory of checkpoints that a path is or has, or None."""
+    for directory in (path / "checkpoints", path):
+        if (directory / checkpoint.SUMS).exists() or _holds_checkpoints(directory):
+            return directory
+    return None
+
+
 def _holds_checkpoints(directory) -> bool:
     return directory.exists() and any((p / checkpoint.SUMS).exists() for p in directory.iterdir() if p.name.isdigit())
 
@@ -97,20 +126,15 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance,
     interval, history) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone
     or packed with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be
-    laid out.
+    laid out, and where the model has no autoencoder.
     """
     trained = trained if isinstance(trained, Trained) else load(trained)
-    config = trained.config
-    defaults = {"row": config.data.length} | config.sample.to_dict()
-    unknown = set(settings) - set(defaults)
-    if unknown:
-        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
-    how = ml_collections.ConfigDict(defaults | settings)
-    if config.text.kind == "frozen" and config.text.encoder:
-        complete(config.text, [text for request in requests for text in prompts_of(request)])
-    text = make_text(config.text)
-    layout = Layout(make_codec(config.codec), tuple(config.model.patch), text.tokenise, config.data.group_by)
-    level_K = uniform_levels(how.steps, how.shift)
+    if trained.config.codec.kind == "latents":
+        raise ValueError(
+            f"{trained.config.name} makes latents, and has no autoencoder that makes pixels of them "
+            "(codec.kind='latents'): write the latents (--save=latents, sample_latents)."
+        )
+    how, layout, level_K = _prepare(requests, trained, settings)
     scale = [how.guidance if r.guidance is None else r.guidance for r in requests]
 
     def solve(tasks: dict[int, Task]) -> dict[int, np.ndarray]:
@@ -132,7 +156,8 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             if words := told(tasks[i], layout):
                 logging.warning("request %d, %s: %s.", i, kinds[i], words)
 
-    most, trained_on = max((task.grid.size for task in tasks.values()), default=0), config.data.max_tokens
+    most = max((task.grid.size for task in tasks.values()), default=0)
+    trained_on = trained.config.data.max_tokens
     if most > FAR * trained_on:
         words = "a request has %d patches, and the model was trained on clips of up to %d: smaller sizes are faster."
         logging.warning(words, most, trained_on)
@@ -145,6 +170,34 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     videos |= done({i: loop(dataclasses.replace(requests[i], videos=(videos[i],)), layout, level_K) for i in unmade})
     videos |= _roll_out({i: requests[i] for i in rolled}, rolled, layout, level_K, how.steps, solve)
     return [videos[i] for i in range(len(requests))]
+
+
+def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) -> list[np.ndarray]:
+    """The requests' latents_TxYxXxC, float32, undecoded; else as `sample`, for requests of text alone."""
+    trained = trained if isinstance(trained, Trained) else load(trained)
+    how, layout, level_K = _prepare(requests, trained, settings)
+    if others := sorted({task_of(request) for request in requests} - {"text"}):
+        raise ValueError(f"latents are left undecoded for tasks of text alone, and these are {others}.")
+    tasks = [text_to_video(request, layout, level_K) for request in requests]
+    scales = [how.guidance if r.guidance is None else r.guidance for r in requests]
+    return _pack_and_solve(tasks, scales, trained, how, mesh) if tasks else []
+
+
+def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):
+    """(the settings, what lays requests out, the schedule of levels), and the prompts encoded that are not yet."""
+    config = trained.config
+    if config.model.image_width:
+        raise ValueError(f"{config.name} is shown an image encoder's tokens, which no task lays out yet.")
+    defaults = {"row": config.data.length} | config.sample.to_dict()
+    unknown = set(settings) - set(defaults)
+    if unknown:
+        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
+    how = ml_collections.ConfigDict(defaults | settings)
+    if config.text.kind == "frozen" and config.text.encoder:
+        complete(config.text, [text for request in requests for text in prompts_of(request)])
+    text = make_text(config.text)
+    layout = Layout(make_codec(config.codec), tuple(config.model.patch), text.tokenise, config.data.group_by)
+    return how, layout, uniform_levels(how.steps, how.shift)
 
 
 def _roll_out(requests: dict, rolled: dict, layout: Layout, level_K, steps: int, solve) -> dict[int, np.ndarray]:

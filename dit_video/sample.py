@@ -12,7 +12,9 @@ from absl import app, flags
 TASKS = ["text", "animate", "extend", "connect", "loop", "paint", "edit", "interpolate", "timeline", "rollout"]
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run, whose newest checkpoint's averaged weights are taken.")
-WEIGHTS = flags.DEFINE_string("weights", None, "Or a .safetensors file of weights.")
+WEIGHTS = flags.DEFINE_string("weights", None, "Or weights without a run: a .safetensors file, or its directory.")
+LORA = flags.DEFINE_string("lora", None, "A .safetensors file of low-rank factors to merge into the weights.")
+LORA_STRENGTH = flags.DEFINE_float("lora_strength", 1.0, "How much of them; 1 = as they were trained.")
 REQUESTS = flags.DEFINE_string(
     "requests", None, "A JSON lines file of requests; keys as the flags from --task to --num."
 )
@@ -38,7 +40,9 @@ STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; by default the conf
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; by default the config's. 1 = none.")
 HISTORY = flags.DEFINE_float("history", None, "Guidance scale of what is known. 1 = none, the default.")
 SOLVER = flags.DEFINE_enum("solver", None, ["euler", "heun", "heun_full", "ab2"], "By default the config's.")
-SAVE = flags.DEFINE_enum("save", "all", ["all", "png"], "png: every frame as a lossless PNG too.")
+SAVE = flags.DEFINE_enum(
+    "save", "all", ["all", "png", "latents"], "png: every frame as a lossless PNG too; latents: an .npz, undecoded."
+)
 OUT = flags.DEFINE_string("out", "samples", "The folder to write to.")
 
 SEVERAL = {"size": SIZE, "frames": FRAMES, "fps": FPS, "seed": SEED, "image": IMAGE, "mask": MASK}
@@ -89,7 +93,23 @@ def asked(step_yx: tuple[int, int]) -> list:
     return read_lines(REQUESTS.value, step_yx)
 
 
+def save_latents(latents, requests):
+    """Writes OUT/latents.npz: latents_000, ... (TxYxXxC, float32), prompts, seeds and fps; returns its path."""
+    import numpy as np
+    from etils import epath
+
+    path = epath.Path(OUT.value) / "latents.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"latents_{i:03d}": latents_TxYxXxC for i, latents_TxYxXxC in enumerate(latents)}
+    arrays |= {f"{name}s": [getattr(r, name) for r in requests] for name in ("prompt", "seed")}
+    with path.open("wb") as file:
+        np.savez(file, **arrays, fps=[r.fps for r in requests])
+    return path
+
+
 def main(argv):
+    import jax
+
     from dit_video import generate, launch
     from dit_video.checkpoint import CheckpointError
     from dit_video.codecs import make_codec
@@ -102,12 +122,19 @@ def main(argv):
             raise ValueError(f"{argv[1]!r} is no flag: put the whole prompt in quotes.")
         if (WORKDIR.value is None) == (WEIGHTS.value is None):
             raise ValueError("give one of --workdir and --weights.")
-        trained = generate.load(WORKDIR.value or WEIGHTS.value)
+        on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        trained = generate.load(WORKDIR.value or WEIGHTS.value, on_device)
+        if LORA.value:
+            trained = generate.add_lora(trained, LORA.value, LORA_STRENGTH.value)
         config = trained.config
         (_, sy, sx), (_, py, px) = make_codec(config.codec).stride, config.model.patch
         wanted = asked((sy * py, sx * px))
         given = {"steps": STEPS, "guidance": GUIDANCE, "history": HISTORY, "solver": SOLVER}
         how = {k: config.sample[k] if flag.value is None else flag.value for k, flag in given.items()}
+        if SAVE.value == "latents":
+            requests = [one.request for one in wanted]
+            print(save_latents(generate.sample_latents(requests, trained, **how), requests))
+            return
         videos = generate.sample([one.request for one in wanted], trained, **how)
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -15,6 +15,7 @@ from dit_video.flow import BUCKETS, corrupt, draw_levels, loss_sums, named_key, 
 from dit_video.model import block_parameters, make_model, make_velocity
 from dit_video.patches import Batch, Cond, Patches
 from dit_video.text import make_text
+from dit_video.weights import lora
 
 
 @jax.tree_util.register_dataclass
@@ -22,6 +23,7 @@ from dit_video.text import make_text
 class State:
     """All that a checkpoint needs beside the loader. params, ema: {'text': ..., 'dit': ...}.
 
+    Where low-rank factors are trained, params and ema are {'lora': ...} alone, and frozen has the weights themselves.
     bad_steps: int32, steps in a row whose gradient was not finite; bad_total: all of them.
     """
 
@@ -31,6 +33,7 @@ class State:
     opt_state: Any
     bad_steps: jax.Array
     bad_total: jax.Array
+    frozen: Any = dataclasses.field(default_factory=dict)
 
 
 def make_schedule(config, peak: float):
@@ -79,9 +82,10 @@ def make_optimizer(config, model) -> optax.GradientTransformation:
 class Run:
     """The pure functions of a config, before any device is touched.
 
-    init(key) -> State. sums(params, batch, key) -> gradient of the loss' sum, sums: what data parallel forms add up.
+    init(key) -> State. whole(params, frozen) -> {'text', 'dit'}: what is trained and what is not, as one.
+    sums(params, batch, key, frozen) -> gradient of the loss' sum, sums: what data parallel forms add up.
     update(state, gradient, sums) -> state, metrics, from global sums. step(state, batch, key) is both. evaluate(params,
-    batch, key) -> sums at fixed levels.
+    batch, key, frozen) -> sums at fixed levels.
     """
 
     config: Any
@@ -90,6 +94,7 @@ class Run:
     model: Any
     optimizer: optax.GradientTransformation
     init: Any
+    whole: Any
     sums: Any
     update: Any
     step: Any
@@ -107,12 +112,23 @@ def make_run(config) -> Run:
         batch = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
         text_params = text.module.init(named_key(key, "text"), batch.ids_BxSxK, batch.prompt_BxS).get("params", {})
         text_BxSxE = text.module.apply({"params": text_params}, batch.ids_BxSxK, batch.prompt_BxS)
-        dit_params = model.init(named_key(key, "dit"), batch.patches, Cond(text_BxSxE, batch.prompt_BxS))["params"]
-        params = {"text": text_params, "dit": dit_params}
+        # Models that are shown an image are made as all others; no task lays out its tokens yet.
+        image_BxIxE = jnp.zeros((config.data.rows, 1, model.image_width))
+        image = (image_BxIxE, jnp.zeros((config.data.rows, 1), jnp.int32)) if model.image_width else ()
+        cond = Cond(text_BxSxE, batch.prompt_BxS, *image)
+        dit_params = model.init(named_key(key, "dit"), batch.patches, cond)["params"]
+        params, frozen = {"text": text_params, "dit": dit_params}, {}
+        if config.lora.rank:
+            params, frozen = {"lora": lora.init(named_key(key, "lora"), model, config)}, params
         # Buffers are donated, so the average must not share the parameters' own.
         ema = jax.tree.map(jnp.copy, params)
         zero = jnp.zeros((), jnp.int32)
-        return State(zero, params, ema, optimizer.init(params), zero, zero)
+        return State(zero, params, ema, optimizer.init(params), zero, zero, frozen)
+
+    def whole(params, frozen):
+        if not config.lora.rank:
+            return params
+        return frozen | {"dit": lora.merge(frozen["dit"], params["lora"], lora.scale(config))}
 
     def errors(params, batch: Batch, patches: Patches, weight_BxG, key, drop_BxS):
         """Sums of the loss of `patches`, which have their levels, with noise from `key`."""
@@ -126,31 +142,33 @@ def make_run(config) -> Run:
         weight_BxN = jnp.where(patches.seg_BxN != 0, per_patch(weight_BxG, patches), 0)
         return loss_sums(v_BxNxP, target_BxNxP, weight_BxN, level_BxN)
 
-    def loss(params, batch: Batch, key):
+    def loss(params, batch: Batch, key, frozen):
+        params = whole(params, frozen)
         patches, weight_BxG = draw_levels(named_key(key, "levels"), batch.patches, config.flow)
         drop_BxS = drop_prompts(named_key(key, "text"), batch, config.text.dropout)
         sums = errors(params, batch, patches, weight_BxG, key, drop_BxS)
         return sums["loss"], sums
 
-    def evaluate(params, batch: Batch, key):
+    def evaluate(params, batch: Batch, key, frozen=None):
         """Sums at the levels in the middle of the buckets, each clip at one of them by its name."""
+        params = whole(params, frozen)
         p = batch.patches
         level_BxG = (p.clip_BxG % BUCKETS + 0.5) / BUCKETS
         patches = dataclasses.replace(p, level_BxG=level_BxG.astype(jnp.float32))
         weight_BxG = (p.seg_BxG != 0).astype(jnp.float32)
         return errors(params, batch, patches, weight_BxG, key, jnp.zeros(batch.prompt_BxS.shape, bool))
 
-    def gradient_sums(params, batch: Batch, key):
+    def gradient_sums(params, batch: Batch, key, frozen=None):
         """Sums over the batch, in config.optimizer.accumulate parts one after the other."""
         parts = config.optimizer.accumulate
         gradient = jax.grad(loss, has_aux=True)
         if parts == 1:
-            return gradient(params, batch, key)
+            return gradient(params, batch, key, frozen)
         # Every parts-th row, so that each part still has rows on every device.
         split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
-        one = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], split), key)
+        one = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], split), key, frozen)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, part, key)), None)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, part, key, frozen)), None)
         return jax.lax.scan(add, zeros, split)[0]
 
     def update(state: State, gradient, sums):
@@ -169,14 +187,14 @@ def make_run(config) -> Run:
         old = (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.lax.cond(good, move, lambda old: old, old)
         bad = jnp.where(good, 0, state.bad_steps + 1)
-        state = State(state.step + 1, params, ema, opt_state, bad, state.bad_total + ~good)
+        state = State(state.step + 1, params, ema, opt_state, bad, state.bad_total + ~good, state.frozen)
         return state, sums | {"gradient_norm": norm, "bad_steps": bad, "bad_total": state.bad_total}
 
     def step(state: State, batch: Batch, key):
-        gradient, sums = gradient_sums(state.params, batch, jax.random.fold_in(key, state.step))
+        gradient, sums = gradient_sums(state.params, batch, jax.random.fold_in(key, state.step), state.frozen)
         return update(state, gradient, sums)
 
-    return Run(config, codec, text, model, optimizer, init, gradient_sums, update, step, evaluate)
+    return Run(config, codec, text, model, optimizer, init, whole, gradient_sums, update, step, evaluate)
 
 
 def abstract_batch(config, model, text) -> Batch:

@@ -32,6 +32,8 @@ from dit_video.patches import Batch
 from dit_video.sharding import batch_sharding, global_batch, make_mesh, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
 from dit_video.tasks import Request
+from dit_video.weights import lora
+from dit_video.weights.native import nest, read_weights
 
 MAX_BAD_STEPS = 10
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved after SIGTERM or SIGINT; the same command goes on
@@ -87,7 +89,9 @@ def train(config, workdir) -> State:
         else:
             state, start, extra = jax.jit(run.init, out_shardings=shardings)(named_key(key, "init")), 0, {}
             if config.init_from:
-                state = _start_from(config.init_from, state, shardings)
+                state = start_from(config.init_from, state, shardings)
+            if config.lora.rank and config.lora.init_from:
+                state = start_factors_from(config, state, shardings)
         if start >= config.steps:
             print(f"{workdir} is finished: {start} of {config.steps} steps. Raise config.steps to go on.")
             return state
@@ -113,6 +117,7 @@ def train(config, workdir) -> State:
         step_fn = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, batch_shape, key)
         step_fn = step_fn.compile()
         evaluate = jax.jit(run.evaluate)
+        whole = jax.jit(run.whole) if config.lora.rank else run.whole
         logging.info("compiled the step in %.1f s", time.monotonic() - began)
         compilations = count_compilations()
         peak = matmul_peak(run.model.dtype)
@@ -166,15 +171,17 @@ def train(config, workdir) -> State:
                     late = None
                 # What a step leaves comes before its checkpoint: a run that is killed in between makes it again.
                 if evaluating:
-                    line = _validate(evaluate, state.ema, held_out, named_key(key, "validation"))
+                    line = _validate(evaluate, state, held_out, named_key(key, "validation"))
                     if first:
                         writer.write(step, line)
                 if sampling:
-                    ema = _fetch(state.ema)
+                    ema, factors = _fetch(whole(state.ema, state.frozen)), _fetch(state.ema.get("lora"))
                     if first:
                         _sample_gallery(config, workdir, writer, ema, step)
                     if first and final:
                         generate.save_weights(workdir / "weights.safetensors", ema, config, step)
+                        if factors:
+                            lora.write(workdir / "lora.safetensors", factors, lora.scale(config), config)
                 # Where gradients are not finite, the checkpoints stay as they are, unless the run ends here.
                 if saving and (not meter.bad_steps or stopping or final):
                     save(step, loader_state, wait=stopping)
@@ -195,8 +202,9 @@ def _held_out(config, run: Run, mesh, share) -> list[Batch]:
     return batches
 
 
-def _validate(evaluate, params, batches, key) -> dict[str, float]:
-    sums = [jax.device_get(evaluate(params, batch, jax.random.fold_in(key, i))) for i, batch in enumerate(batches)]
+def _validate(evaluate, state: State, batches, key) -> dict[str, float]:
+    one = lambda i, batch: evaluate(state.ema, batch, jax.random.fold_in(key, i), state.frozen)
+    sums = [jax.device_get(one(i, batch)) for i, batch in enumerate(batches)]
     total = {k: np.sum([np.asarray(s[k], np.float64) for s in sums], axis=0) for k in sums[0]}
     loss = {"validation": float(total["loss"] / max(total["weight"], 1))}
     return loss | by_level("validation", total["loss_Q"], total["weight_Q"])
@@ -262,18 +270,41 @@ def _sample_gallery(config, workdir, writer, ema, step: int) -> None:
             writer.video(step, f"sample/{i}", sample.video_TxYxXx3, sample.fps)
 
 
-def _start_from(path, state: State, shardings) -> State:
-    """The state with another run's averaged weights, and a fresh optimizer. Raises ValueError where they differ."""
-    given = generate.load(path).params
+def start_from(path, state: State, shardings) -> State:
+    """The state with another run's averaged weights, and a fresh optimizer. Raises ValueError where they differ.
+
+    A file's tensors go to their devices one by one, in the place of those that were drawn at random.
+    """
+    field = "frozen" if state.frozen else "params"
+    old, places = getattr(state, field), getattr(shardings, field)
+    file = generate.weights_file(path)
+    given = nest(read_weights(file)[0]) if file else generate.load(path).params
     describe = lambda tree: {jax.tree_util.keystr(k): a.shape for k, a in jax.tree_util.tree_leaves_with_path(tree)}
-    theirs, ours = describe(given), describe(state.params)
+    theirs, ours = describe(given), describe(old)
     wrong = [
         f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)
     ]
     if wrong:
         raise ValueError(f"init_from={path} has other weights than this config:\n  " + "\n  ".join(wrong[:20]))
-    place = lambda new, old, s: jax.device_put(np.asarray(new, old.dtype), s)
-    params = jax.tree.map(place, given, state.params, shardings.params)
+    jax.tree.map(lambda a: a.delete(), (old, state.ema) if field == "params" else old)
+    if file:
+        new = generate.load(path, places).params
+    else:
+        new = jax.tree.map(lambda w, s: jax.device_put(np.asarray(w, np.float32), s), given, places)
+    if field == "frozen":
+        return dataclasses.replace(state, frozen=new)
+    return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))
+
+
+def start_factors_from(config, state: State, shardings) -> State:
+    """The state with a file's low-rank factors. Raises ValueError where they are not those of the config."""
+    given = lora.read(config.lora.init_from, config)
+    describe = lambda factors: {name: (f["a"].shape, f["b"].shape) for name, f in factors.items()}
+    theirs, ours = describe(given), describe(state.params["lora"])
+    if theirs != ours:
+        raise ValueError(f"lora.init_from={config.lora.init_from} has factors {theirs}, and this config {ours}.")
+    factors = {name: {"a": f["a"], "b": f["b"] / np.float32(lora.scale(config))} for name, f in given.items()}
+    params = jax.tree.map(jax.device_put, {"lora": factors}, shardings.params)
     return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 

@@ -17,9 +17,11 @@ LAYERS = (
     {"generate", "step", "requests"},
     {"meter"},
     {"trainer"},
-    {"train", "sample", "evaluate"},
+    {"train", "sample", "evaluate", "convert"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+# Which keys there are, and what runs did before one was added; and what a converted model's config begins with.
+DEFAULTS = {("generate", "configs.base"), ("convert", "configs.base")}
 FOREIGN = {"torch", "torchvision", "tensorflow", "keras", "tf_keras"}
 
 
@@ -50,9 +52,7 @@ def violations(module: str, source: str) -> list[str]:
         top = name.split(".")[0]
         if top == PACKAGE and part(name) != module and not LAYER[part(name)] < LAYER[module]:
             wrong.append(f"{module} imports {name}: not from a layer below")
-        elif name.startswith("configs") and module == "generate":
-            continue  # which keys there are, and what runs did before one was added
-        elif top in {"", "experiments", "tests", "configs"}:
+        elif top in {"", "experiments", "tests", "configs"} and (module, name) not in DEFAULTS:
             wrong.append(f"{module} imports {name}: not the core's business")
     return wrong
 
@@ -103,3 +103,63 @@ def test_nothing_needs_another_framework():
     for path in sources(PACKAGE, "configs", "tests"):
         found = {name.split(".")[0] for name in imports(path.read_text())} & FOREIGN
         assert not found, f"{path} imports {sorted(found)}"
+
+
+# One diffusion block.
+
+# Where other transformers live, none of which is told a level: text encoders, autoencoders, networks of metrics.
+OTHERS = {"text", "codecs", "evaluation"}
+BLOCK = "model.block"
+ATTENTION = {"attend", "softmax", "dot_product_attention", "MultiHeadDotProductAttention", "SelfAttention"}
+
+
+def identifiers(node) -> set[str]:
+    """Every name, attribute and argument under a node, but not what its docstrings say."""
+    names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    return names | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg | ast.keyword) and n.arg}
+
+
+def diffusion_blocks(module: str, source: str) -> list[str]:
+    """Functions and classes that attend, and might be a diffusion transformer's block: outside of other transformers'
+    places all that do, and inside of them those that modulate too."""
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ATTENTION & (names := identifiers(node)):
+            has = lambda part, names=names: any(part in name.lower() for name in names)
+            modulates = has("modulat") or has("adaln") or (has("shift") and has("gate"))
+            if module != "attention" and (module not in OTHERS or modulates):
+                found.append(f"{module}.{node.name}")
+    return found
+
+
+def test_there_is_one_diffusion_transformer_block():
+    """DiT, SiT, Latte, Wan and our own are knobs of one block; a second would be a second place for every mistake."""
+    blocks = [name for path in sources(PACKAGE) for name in diffusion_blocks(module_of(path), path.read_text())]
+    assert blocks == [BLOCK]
+    classes = [name for name in modules_of_parameters() if name.split(".")[0] not in OTHERS]
+    assert classes == ["model.DiT"]
+
+
+def modules_of_parameters() -> list[str]:
+    """The flax modules of the package, by the module they lie in."""
+    found = []
+    for path in sources(PACKAGE):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Module") for base in node.bases):
+                found.append(f"{module_of(path)}.{node.name}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("model", "def wan_block(w, h, mod):\n    shift, gate = mod\n    return h + gate * attend(h + shift, h, h)"),
+        ("model", "class Block(nn.Module):\n    def __call__(self, x):\n        return attend(x, x, x, None, None)[0]"),
+        ("generate", "def layer(q, k, v):\n    return jax.nn.softmax(q @ k.T) @ v"),
+        ("weights", "def layer(q, k, v):\n    return jax.nn.dot_product_attention(q, k, v)"),
+        ("text", "def layer(x, adaln):\n    return x + adaln * attend(x, x, x, None, None)[0]"),
+    ],
+)
+def test_a_second_block_is_seen(module, source):
+    assert diffusion_blocks(module, source)

@@ -36,6 +36,8 @@ def read(caption: str, file: str, width: int) -> np.ndarray:
     file: one for all captions, or a folder with one for each, `key`.safetensors. Raises ValueError for a caption that
     is not there, or is there with another width.
     """
+    if not file:
+        raise ValueError(f"text.file is empty: name where the embedding of {caption!r} lies, or give the prompt ''.")
     name = key(caption)
     try:
         if os.path.isdir(file):

@@ -1,44 +1,70 @@
-"""Our own weights as one safetensors file: what is needed to sample, in bfloat16, with the config beside it."""
+"""Our own weights as one safetensors file: what is needed to sample, with the config beside it."""
 
 import json
+from collections.abc import Mapping
 
 import jax
 import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors import deserialize
-from safetensors.numpy import save as serialise
+
+from dit_video.weights.files import Stored, open_safetensors, write_safetensors
 
 
 def save_weights(path, params, config, step: int) -> None:
     """Writes params {'text', 'dit'} to a .safetensors file: bfloat16, names joined by '/', the config as metadata."""
+    bf16 = np.dtype(ml_dtypes.bfloat16)
     named = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    tensors = {name: np.asarray(leaf).astype(ml_dtypes.bfloat16) for name, leaf in named.items()}
+    tensors = {name: Stored(leaf.shape, bf16, lambda leaf=leaf: np.asarray(leaf)) for name, leaf in named.items()}
+    write_weights(path, tensors, config.to_dict(), step)
+
+
+def write_weights(path, tensors: Mapping[str, Stored], config: dict, step: int, **more) -> None:
+    """Writes tensors, by names joined by '/', one at a time. more: JSON-able, kept beside the config."""
     # One entry: safetensors writes several in an order of the moment, and the same weights are to give the same file.
-    metadata = {"dit_video": json.dumps({"config": config.to_dict(), "step": step})}
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(serialise(tensors, metadata))
+    write_safetensors(path, tensors, {"dit_video": json.dumps({"config": config, "step": step} | more)})
 
 
-def load_weights(path):
-    """(params as float32 numpy arrays, config dict, step) of a file that `save_weights` wrote.
+def read_weights(path) -> tuple[dict[str, Stored], dict]:
+    """(tensors by name, none of them read yet; the metadata: config, step and more) of a file of our own.
 
     Raises ValueError where the file carries no config: it is not ours.
     """
-    data = epath.Path(path).read_bytes()
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    metadata = header.get("__metadata__", {})
+    tensors, metadata = open_safetensors(epath.Path(path))
     if "dit_video" not in metadata:
-        raise ValueError(f"{path} carries no dit_video config: convert published weights first.")
-    params = {"text": {}, "dit": {}}  # either may be without any of its own
-    # safetensors.numpy writes bfloat16 and does not read it.
-    for name, tensor in deserialize(data):
-        *parents, leaf = name.split("/")
-        node = params
+        raise ValueError(f"{path} carries no dit_video config: convert published weights first (dit_video.convert).")
+    return tensors, json.loads(metadata["dit_video"])
+
+
+def load_weights(path, sharding=None):
+    """(params in float32, config dict, step) of a file that `save_weights` wrote.
+
+    sharding: None gives numpy arrays; a Sharding, or a tree of one for each parameter, gives jax arrays laid out that
+    way, and each tensor leaves the host before the next is read: the host never holds a second copy of the weights.
+    Raises ValueError where the file carries no config: it is not ours.
+    """
+    tensors, ours = read_weights(path)
+    tree = nest(tensors)
+    read = lambda stored: np.asarray(stored, np.float32)
+    if sharding is None:
+        return jax.tree.map(read, tree), ours["config"], ours["step"]
+
+    def place(stored, sharding):
+        array = read(stored)
+        return jax.block_until_ready(jax.make_array_from_callback(array.shape, sharding, array.__getitem__))
+
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(place, tree, sharding), ours["config"], ours["step"]
+
+
+def nest(named: Mapping[str, object]) -> dict:
+    """The tree whose leaves are named 'a/b/c'; 'text' and 'dit' are there, though either may have none of its own."""
+    tree = {"text": {}, "dit": {}}
+    for name, leaf in named.items():
+        *parents, last = name.split("/")
+        node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        dtype = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}[tensor["dtype"]]
-        node[leaf] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"]).astype(np.float32)
-    ours = json.loads(metadata["dit_video"])
-    return params, ours["config"], ours["step"]
+        node[last] = leaf
+    return tree

@@ -56,7 +56,7 @@ def rules(config: Mapping) -> list[Rule]:
         out += convolution(f"{part}/{name}", theirs, (1, 1, 1), width, width)
         for j in range(2):
             out += _residual(f"{part}/mid_{j}", f"{part}.mid_block.resnets.{j}", coarse, coarse)
-        out += _attention(f"{part}/mid_attention", f"{part}.mid_block.attentions.0", coarse)
+        out += _mid_rules(f"{part}/mid_attention", f"{part}.mid_block.attentions.0", coarse)
         out.append(_gain(f"{part}/norm", f"{part}.norm_out", coarse if part == "encoder" else fine))
 
     # 2.1 counts the encoder's blocks one by one, 2.2 (carried) level by level.
@@ -107,7 +107,7 @@ def _residual(ours: str, theirs: str, n_in: int, n_out: int) -> list[Rule]:
     ]
 
 
-def _attention(ours: str, theirs: str, width: int) -> list[Rule]:
+def _mid_rules(ours: str, theirs: str, width: int) -> list[Rule]:
     """Its q, k and v are published as one convolution of one pixel, [q; k; v]."""
     names, shape = tuple(f"{ours}_{x}" for x in "qkv"), (3 * width, width, 1, 1)
     there = lambda w: np.split(w.reshape(shape[:2]).T, 3, 1)
