@@ -21,7 +21,7 @@ from dit_video.sampling import guided, sample
 from dit_video.text.labels import LabelEncoder
 from dit_video.weights import diffusion, dit, latte, sit
 from experiments.parity import diffusion as parity
-from experiments.parity.arrays import error
+from experiments.parity.arrays import error, limit
 from experiments.parity.rows import frames, per_clip
 
 FAMILIES = {"dit": dit, "sit": sit, "latte": latte}
@@ -32,15 +32,6 @@ TINY = {
 
 
 # Against the references' arrays
-
-
-def limit(what: str) -> float:
-    if what.startswith("block"):
-        return 2e-6
-    if what.startswith("tables"):
-        return 1e-13
-    # See `training_errors`: the reference's own float32.
-    return 2e-5 if what == "gradient of the timestep's sinusoids" else 1e-5
 
 
 @pytest.mark.parametrize(
