@@ -95,8 +95,9 @@ def to_ours(state: Mapping[str, np.ndarray], config: Mapping) -> dict:
 
 
 def new_name(name: str) -> str:
-    *path, layer, kind = name.split(".")
-    return ".".join([*path, OLD_NAMES.get(layer, layer), kind])
+    for old, new in OLD_NAMES.items():
+        name = name.replace(f".{old}.", f".{new}.")
+    return name
 
 
 def to_theirs(params: Mapping, config: Mapping) -> dict[str, np.ndarray]:
