@@ -1,7 +1,7 @@
 """python -m dit_video.convert --from=PATH_OR_HUB_ID --to=OUT.safetensors
 
 Brings published weights here: --from is a .safetensors, .pt or .pth file, the index of several, a directory with one
-of these, or the name of a repository on the Hugging Face hub; --to is a .safetensors file, or a directory that gets
+of these, or the name of a repository on the Hugging Face hub (with /vae, its autoencoder); --to is a .safetensors file, or a directory that gets
 weights.safetensors, which `sample --weights=` and `--config.init_from=` take, or, of an autoencoder, `codec.weights`.
 
     python -m dit_video.convert --export --from=RUN_OR_FILE --to=DIRECTORY
@@ -35,11 +35,13 @@ DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "By default bf
 
 # What of a hub repository is fetched: weights and their description, never code.
 HUB_FILES = ("*.safetensors", "*.pt", "*.safetensors.index.json", "config.json", "transformer/*")
-HUB_IGNORED = ("*.py", "*.pkl", "*.bin", "text_encoder/*", "vae/*", "image_encoder/*", "tokenizer/*")
+HUB_NEVER = ("*.py", "*.pkl", "*.bin")
+HUB_PARTS = ("text_encoder/*", "vae/*", "image_encoder/*", "tokenizer/*")
 
 
 def fetch(source: str, revision: str | None = None):
-    """The path of what --from names: itself if it exists, else the hub repository's files in the local cache.
+    """The path of what --from names: itself if it exists, else the hub repository's files in the local cache, or, of
+    owner/name/vae, those of its autoencoder.
 
     A repository that is in the cache is found there without a network. Raises FileNotFoundError where it is neither.
     """
@@ -48,7 +50,8 @@ def fetch(source: str, revision: str | None = None):
     path = epath.Path(source)
     if path.exists():
         return path
-    *parts, folder = source.split("/") if source.endswith("/vae") else [*source.split("/"), ""]
+    parts = source.split("/")
+    folder = parts.pop() if len(parts) == 3 and parts[-1] == "vae" else ""
     if len(parts) != 2 or not all(part and part.strip(".") for part in parts) or path.suffix in (".safetensors", ".pt"):
         raise FileNotFoundError(f"{source} does not exist, and is no hub id (of the form owner/name).")
     try:
@@ -57,7 +60,7 @@ def fetch(source: str, revision: str | None = None):
         raise ValueError(f"{source} does not exist; for hub ids: pip install 'dit_video[hub]'.") from error
     try:
         # Without a network, or with HF_HUB_OFFLINE=1, this is what the cache holds.
-        allowed, ignored = (["vae/*"], HUB_IGNORED[:3]) if folder else (HUB_FILES, HUB_IGNORED)
+        allowed, ignored = ("vae/*", HUB_NEVER) if folder else (HUB_FILES, HUB_NEVER + HUB_PARTS)
         name = "/".join(parts)
         path = hub.snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored)
     except OSError as error:  # of which all that the hub raises is a kind

@@ -770,6 +770,10 @@ def test_from_a_hub_id_without_a_network(tmp_path):
     done = call("some/wan")
     assert done.returncode == 0 and ": wan, " in done.stdout, done.stderr
     assert native.load_weights(tmp_path / "out.safetensors")[1]["model"]["width"] == 32
+    (snapshot / "vae").mkdir()
+    save(snapshot / "vae" / "diffusion_pytorch_model.safetensors", {"of the vae": np.zeros(3, np.float32)})
+    done = call("some/wan/vae")
+    assert done.returncode == 1 and "the file's names (['of the vae'], ...) are none of" in done.stderr, done.stderr
     done = call("some/other")
     assert done.returncode == 1 and "FileNotFoundError: some/other is not on this machine" in done.stderr
     assert "Traceback" not in done.stderr
