@@ -1,8 +1,9 @@
 """python -m dit_video.convert --from=PATH_OR_HUB_ID --to=OUT.safetensors
 
 Brings published weights here: --from is a .safetensors, .pt or .pth file, the index of several, a directory with one
-of these, or the name of a repository on the Hugging Face hub (with /vae, its autoencoder); --to is a .safetensors file, or a directory that gets
-weights.safetensors, which `sample --weights=` and `--config.init_from=` take, or, of an autoencoder, `codec.weights`.
+of these, or the name of a repository on the Hugging Face hub (its autoencoder: owner/name/vae); --to is a .safetensors
+file, or a directory that gets weights.safetensors, which `sample --weights=` and `--config.init_from=` take, or, of an
+autoencoder, `codec.weights`.
 
     python -m dit_video.convert --export --from=RUN_OR_FILE --to=DIRECTORY
 
