@@ -1,7 +1,7 @@
 """pip install -e .            trains and samples on CPU (or on whatever jax is already installed for)
 pip install -e '.[test]'      the tests as well
-pip install -e '.[hub]'       published weights by their names on the Hugging Face hub
 pip install -e '.[gpu]'       jax with CUDA 12
+pip install -e '.[hub]'       published weights by their names on the Hugging Face hub
 pip install -e '.[published]' tokenisers of published text encoders
 """
 

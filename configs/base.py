@@ -72,7 +72,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.heads = 4  # H
     model.mlp_width = 1024  # F
     model.out_channels = 0  # of the output, per latent; 0 = the codec's. DiT has twice as many (sigma), left unused
-    model.predict = "x"  # what the network gives: 'x', 'v' or 'e'
+    model.predict = "x"  # what the network gives: 'x', 'v', 'e', or 'ddpm', the e of DDPM's x_t and timestep
     model.s_min = 0.1  # least divisor of an output of x (level) or of e (1 - level)
     model.modulation = "shared"  # 'shared' or 'block'
     model.position = "both"  # 'rope', 'table' (sin-cos, added) or 'both'

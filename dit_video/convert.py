@@ -1,8 +1,9 @@
 """python -m dit_video.convert --from=PATH_OR_HUB_ID --to=OUT.safetensors
 
 Brings published weights here: --from is a .safetensors, .pt or .pth file, the index of several, a directory with one
-of these, or the name of a repository on the Hugging Face hub; --to is a .safetensors file, or a directory that gets
-weights.safetensors, which `sample --weights=` and `--config.init_from=` take.
+of these, or the name of a repository on the Hugging Face hub (its autoencoder: owner/name/vae); --to is a .safetensors
+file, or a directory that gets weights.safetensors, which `sample --weights=` and `--config.init_from=` take, or, of an
+autoencoder, `codec.weights`.
 
     python -m dit_video.convert --export --from=RUN_OR_FILE --to=DIRECTORY
 
@@ -21,7 +22,7 @@ from absl import app, flags
 FROM = flags.DEFINE_string("from", None, "What to convert: a file, a directory or a hub id; with --export a run.")
 TO = flags.DEFINE_string("to", None, "A .safetensors file, or a directory.")
 FAMILY = flags.DEFINE_string(
-    "family", None, "Whose names they are: 'dit', 'wan', 'wan-original'; by default found out."
+    "family", None, "Whose they are: 'dit', 'sit', 'latte', 'wan', 'wan-original', 'kl', 'wan-vae'; else found out."
 )
 EXPORT = flags.DEFINE_bool("export", False, "From our names to the published ones.")
 PARTIAL = flags.DEFINE_bool("partial", False, "Leave out what fits nowhere; what is missing begins as in a new model.")
@@ -35,11 +36,13 @@ DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "By default bf
 
 # What of a hub repository is fetched: weights and their description, never code.
 HUB_FILES = ("*.safetensors", "*.pt", "*.safetensors.index.json", "config.json", "transformer/*")
-HUB_IGNORED = ("*.py", "*.pkl", "*.bin", "text_encoder/*", "vae/*", "image_encoder/*", "tokenizer/*")
+HUB_NEVER = ("*.py", "*.pkl", "*.bin")
+HUB_PARTS = ("text_encoder/*", "vae/*", "image_encoder/*", "tokenizer/*")
 
 
 def fetch(source: str, revision: str | None = None):
-    """The path of what --from names: itself if it exists, else the hub repository's files in the local cache.
+    """The path of what --from names: itself if it exists, else the hub repository's files in the local cache, or, of
+    owner/name/vae, those of its autoencoder.
 
     A repository that is in the cache is found there without a network. Raises FileNotFoundError where it is neither.
     """
@@ -49,6 +52,7 @@ def fetch(source: str, revision: str | None = None):
     if path.exists():
         return path
     parts = source.split("/")
+    folder = parts.pop() if len(parts) == 3 and parts[-1] == "vae" else ""
     if len(parts) != 2 or not all(part and part.strip(".") for part in parts) or path.suffix in (".safetensors", ".pt"):
         raise FileNotFoundError(f"{source} does not exist, and is no hub id (of the form owner/name).")
     try:
@@ -57,10 +61,12 @@ def fetch(source: str, revision: str | None = None):
         raise ValueError(f"{source} does not exist; for hub ids: pip install 'dit_video[hub]'.") from error
     try:
         # Without a network, or with HF_HUB_OFFLINE=1, this is what the cache holds.
-        path = hub.snapshot_download(source, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+        allowed, ignored = ("vae/*", HUB_NEVER) if folder else (HUB_FILES, HUB_NEVER + HUB_PARTS)
+        name = "/".join(parts)
+        path = hub.snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored)
     except OSError as error:  # of which all that the hub raises is a kind
         raise FileNotFoundError(f"{source} is not on this machine, and not to be had from the hub: {error}") from error
-    return epath.Path(path)
+    return epath.Path(path) / folder
 
 
 def import_file(source, to, given=None, family=None, entry=None, dtype=None, partial=False, settings=None) -> str:
@@ -79,7 +85,12 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
 
     opened = open_weights(source, entry)
     shapes = {name: stored.shape for name, stored in opened.tensors.items()}
-    family, prefix, published = families.find(shapes, opened.config | dict(given or {}), family)
+    known = opened.config | dict(given or {})
+    if autoencoder := families.find_autoencoder(shapes, known, family):
+        if settings or dtype:
+            raise ValueError("an autoencoder's file holds no config to --set, and its weights are float32.")
+        return import_autoencoder(opened, to, known, autoencoder, partial)
+    family, prefix, published = families.find(shapes, known, family)
     rules = families.FAMILIES[family].rules(published)
     config = base.get_config()
     config.update_from_flattened_dict(families.FAMILIES[family].overrides(published))
@@ -115,6 +126,36 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
     new = sorted(abstract.keys() - held)
     lines = [f"{opened.path}: {family}, {len(opened.tensors)} tensors -> {count:,} parameters in {to}"]
     lines += [f"begun anew: {', '.join(new)}"] if new else []
+    return "\n".join(lines + [str(found)] * bool(found))
+
+
+def import_autoencoder(opened, to, published, name, partial=False) -> str:
+    """Writes a published autoencoder as the file that codec.weights takes; returns what it is, in words.
+
+    Raises ValueError where weights are missing or of another shape; where some are left over, unless `partial`.
+    """
+    import numpy as np
+
+    from dit_video.codecs import autoencoder
+    from dit_video.weights import families, stream
+
+    family = families.AUTOENCODERS[name]
+    try:
+        settings, rules = family.module.settings(published), family.module.rules(published)
+    except KeyError as error:
+        raise ValueError(
+            f"the configuration of {opened.path} lacks {error}: give its config.json beside it, or --published."
+        ) from error
+    theirs = {family.module.new_name(n): stored for n, stored in opened.tensors.items()}
+    found = stream.examine(theirs, rules, 0)
+    if found.missing or found.misshapen or (found.unused and not partial):
+        raise ValueError(f"{opened.path} is not the {name} that its configuration says:\n{found}")
+    state = {n: np.asarray(theirs[n], np.float32) for rule in rules for n in rule.names(0)}
+    params = family.module.to_ours(state, published)
+    autoencoder.save(to, family.kind, settings | {"published": {"family": name, "config": published}}, params)
+    count = sum(w.size for part in params.values() for w in part.values())
+    lines = [f"{opened.path}: {name}, {len(opened.tensors)} tensors -> {count:,} parameters in {to}"]
+    lines.append(f"for a model of its latents: --set=codec.kind={family.kind} --set=codec.weights={to}")
     return "\n".join(lines + [str(found)] * bool(found))
 
 
@@ -178,6 +219,7 @@ def export_file(source, to, given=None, family=None, dtype=None) -> str:
     from etils import epath
 
     from dit_video import generate
+    from dit_video.codecs import autoencoder
     from dit_video.weights import families, files, native, stream
 
     source, to = epath.Path(source), epath.Path(to)
@@ -185,6 +227,8 @@ def export_file(source, to, given=None, family=None, dtype=None) -> str:
     if file := generate.weights_file(source):
         import ml_collections
 
+        if autoencoder.METADATA in files.open_safetensors(file)[1]:
+            return export_autoencoder(file, to)
         ours, metadata = native.read_weights(file)
         config = ml_collections.ConfigDict(generate.with_newer_keys(metadata["config"]))
         remembered = metadata.get("published", {})
@@ -211,13 +255,37 @@ def export_file(source, to, given=None, family=None, dtype=None) -> str:
         dtype = "bfloat16" if whole else "float32"
     dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     theirs = stream.to_theirs(ours, rules, config.model.depth, dtype)
-    metadata = {"format": "pt", "config": json.dumps(published)}
-    path = to if to.suffix == ".safetensors" else to / "diffusion_pytorch_model.safetensors"
-    files.write_safetensors(path, theirs, metadata)
-    if path != to:
-        (to / "config.json").write_text(json.dumps(chosen.config_json(published), indent=1))
+    path = write_published(to, theirs, {"_class_name": chosen.class_name, **chosen.config_json(published)})
     lines = [f"{source}: {len(theirs)} tensors under the names of {name} -> {path}"]
     return "\n".join(lines + [f"left out: {', '.join(left)}"] * bool(left))
+
+
+def export_autoencoder(file, to) -> str:
+    """Writes a converted autoencoder, float32, under the published names; returns what was done, in words."""
+    import jax
+    import numpy as np
+
+    from dit_video.codecs import autoencoder
+    from dit_video.weights import families, files
+
+    _, settings, params = autoencoder.load(str(file))
+    name, published = settings["published"]["family"], settings["published"]["config"]
+    chosen = families.AUTOENCODERS[name]
+    state = chosen.module.to_theirs(jax.device_get(params), published)
+    theirs = {n: files.Stored(w.shape, np.dtype(np.float32), lambda w=w: w) for n, w in state.items()}
+    path = write_published(to, theirs, {"_class_name": chosen.class_name, **published})
+    return f"{file}: {len(theirs)} tensors under the names of {name} -> {path}"
+
+
+def write_published(to, theirs, config_json):
+    """Writes tensors with their config.json, in a file's metadata or beside it in a directory; returns the file."""
+    from dit_video.weights import files
+
+    path = to if to.suffix == ".safetensors" else to / "diffusion_pytorch_model.safetensors"
+    files.write_safetensors(path, theirs, {"format": "pt", "config": json.dumps(config_json)})
+    if path != to:
+        (to / "config.json").write_text(json.dumps(config_json, indent=1))
+    return path
 
 
 def main(argv):
@@ -234,10 +302,10 @@ def main(argv):
             raise ValueError(f"--published={PUBLISHED.value!r} is no JSON: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"--published={PUBLISHED.value!r} is no JSON of fields, such as '{{\"num_heads\": 6}}'.")
-        from dit_video.weights.families import FAMILIES
+        from dit_video.weights.families import AUTOENCODERS, FAMILIES
 
-        if FAMILY.value is not None and FAMILY.value not in FAMILIES:
-            raise ValueError(f"--family={FAMILY.value} is not known. Allowed: {list(FAMILIES)}.")
+        if FAMILY.value is not None and FAMILY.value not in (known := [*FAMILIES, *AUTOENCODERS]):
+            raise ValueError(f"--family={FAMILY.value} is not known. Allowed: {known}.")
         if EXPORT.value:
             print(export_file(FROM.value, TO.value, given, FAMILY.value, DTYPE.value))
             return

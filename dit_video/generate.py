@@ -20,7 +20,7 @@ from configs import base
 from dit_video import checkpoint
 from dit_video.codecs import make_codec, to_uint8
 from dit_video.flow import patch_noise
-from dit_video.model import make_model, make_velocity
+from dit_video.model import make_model
 from dit_video.patches import Cond, choose, pack, unpack
 from dit_video.sampling import guided, recalled, uniform_levels
 from dit_video.sampling import sample as integrate
@@ -43,6 +43,7 @@ from dit_video.tasks import (
 )
 from dit_video.text import make_text
 from dit_video.weights import lora
+from dit_video.weights.diffusion import make_velocity
 from dit_video.weights.encoders import complete
 from dit_video.weights.native import load_weights, save_weights
 

@@ -305,7 +305,7 @@ def to_velocity(out_BxNxP, z_BxNxP, level_BxN, predict: str, s_min: float = 0.05
         return (out_BxNxP - z_BxNxP) / jnp.maximum(1 - s, s_min)
     if predict == "v":
         return out_BxNxP
-    raise ValueError(f"model.predict={predict!r} is not known. Allowed: 'x', 'v', 'e'.")
+    raise ValueError(f"model.predict={predict!r} is not known. Allowed: 'x', 'v', 'e', 'ddpm'.")
 
 
 def macs(m: DiT, clip_lengths, text_lengths=(), groups: int = 1) -> int:

@@ -12,10 +12,11 @@ import optax
 
 from dit_video.codecs import make_codec
 from dit_video.flow import BUCKETS, corrupt, draw_levels, loss_sums, named_key, patch_noise, per_patch
-from dit_video.model import block_parameters, make_model, make_velocity
+from dit_video.model import block_parameters, make_model
 from dit_video.patches import Batch, Cond, Patches
 from dit_video.text import make_text
 from dit_video.weights import lora
+from dit_video.weights.diffusion import make_velocity
 
 
 @jax.tree_util.register_dataclass

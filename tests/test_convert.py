@@ -27,12 +27,19 @@ from absl.testing import flagsaver
 from configs import base
 from configs import wan as wan_config
 from dit_video import generate
+from dit_video.codecs import make_codec
+from dit_video.model import make_model
 from dit_video.sharding import make_mesh, state_shardings
 from dit_video.step import make_run
 from dit_video.text import embeddings
 from dit_video.trainer import start_from
-from dit_video.weights import dit, families, native, stream, wan
+from dit_video.weights import diffusion, dit, families, kl, latte, native, sit, stream, wan
 from dit_video.weights.files import open_safetensors, open_torch, open_weights, read_pickle
+from experiments.parity import diffusion as parity
+from experiments.parity.arrays import error
+from experiments.parity.arrays import load as load_arrays
+from experiments.parity.autoencoders import chunked, last
+from experiments.parity.rows import frames, per_clip
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONVERT = importlib.import_module("dit_video.convert")
@@ -63,11 +70,14 @@ WAN = {
     "image_dim": None,
     "added_kv_proj_dim": None,
 }
-PUBLISHED = {"dit": DIT, "wan": WAN, "wan-original": WAN}
+LATTE = DIT | {"num_frames": 3, "extras": 2}
+PUBLISHED = {"dit": DIT, "sit": DIT, "latte": LATTE, "wan": WAN, "wan-original": WAN}
+MODULES = {"dit": dit, "sit": sit, "latte": latte, "wan": wan}
+TABLES = ("pos_embed", "temp_embed")  # computed, not kept: equal up to rounding
 
 
 def random_weights(family, published=None, dtype=np.float32):
-    """A state dict of the family's names, at random; DiT's table as it must be."""
+    """A state dict of the family's names, at random; tables as they must be."""
     published, rng = published or PUBLISHED[family], np.random.default_rng(0)
     depth = published.get("depth", published.get("num_layers"))
     state = {}
@@ -412,29 +422,33 @@ def test_import_and_export_are_inverse(tmp_path, family, form):
         source = write_pt(tmp_path / "in.pt", pickled(dictionary({"ema": body})), storages)
     else:
         source = save(tmp_path / "in.safetensors", state)
-    heads = {"num_heads": 2} if family == "dit" else {"num_attention_heads": 2}
-    said = CONVERT.import_file(source, tmp_path / "ours.safetensors", heads)
+    heads = {"num_attention_heads": 2} if family.startswith("wan") else {"num_heads": 2}
+    told = family if family in ("dit", "sit") else None
+    said = CONVERT.import_file(source, tmp_path / "ours.safetensors", heads, told)
     assert f": {family}, {len(state)} tensors" in said
     CONVERT.export_file(tmp_path / "ours.safetensors", tmp_path / "back.safetensors")
     again = read(tmp_path / "back.safetensors")
-    if family == "dit":  # computed, not kept: equal up to rounding
-        np.testing.assert_allclose(
-            again.pop("pos_embed").astype(np.float32), state.pop("pos_embed").astype(np.float32), atol=8e-3
-        )
+    for table in set(TABLES) & state.keys():
+        np.testing.assert_allclose(again.pop(table).astype(np.float32), state.pop(table).astype(np.float32), atol=8e-3)
     assert_equal(again, state)
+    # What was written says whose it is.
+    CONVERT.import_file(tmp_path / "back.safetensors", tmp_path / "again.safetensors")
+    assert_equal(read(tmp_path / "again.safetensors"), read(tmp_path / "ours.safetensors"))
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["dit/dit_tiny", "diffusers/wan_transformer", "diffusers/wan_transformer_i2v"],
-    ids=lambda p: p.split("/")[1],
+    "name, path",
+    [(name, path) for name, (_, path) in parity.MODELS.items()]
+    + [("wan", "diffusers/wan_transformer"), ("wan", "diffusers/wan_transformer_i2v")],
+    ids=lambda p: p.split("/")[-1],
 )
-def test_streaming_gives_what_importing_gives(shared, path):
+def test_streaming_gives_what_importing_gives(shared, name, path):
     """One tensor at a time or all at once: the same, for the reference's own weights, under both of Wan's namings."""
     opened = open_weights(shared / "golden" / f"{path}.safetensors")
     shapes = {n: s.shape for n, s in opened.tensors.items()}
-    family, _, published = families.find(shapes, opened.config)
-    module = dit if family == "dit" else wan
+    family, _, published = families.find(shapes, opened.config, name if name in ("dit", "sit") else None)
+    assert family == name
+    module = MODULES[family]
     assert {k: published[k] for k in opened.config if k in published} == {
         k: v for k, v in opened.config.items() if k in published
     }
@@ -449,7 +463,8 @@ def test_streaming_gives_what_importing_gives(shared, path):
             "patch_embedding.bias",
         }
     for name, theirs in forms.items():
-        found, _, again = families.find({n: s.shape for n, s in theirs.items()}, opened.config)
+        told = name if name in ("dit", "sit") else None
+        found, _, again = families.find({n: s.shape for n, s in theirs.items()}, opened.config, told)
         assert (found, again) == (name, published)
         rules = families.FAMILIES[name].rules(published)
         assert not stream.examine(theirs, rules, depth)
@@ -506,11 +521,19 @@ def test_what_does_not_fit_is_named_and_refused(tmp_path):
 
 def test_a_family_that_cannot_be_known_is_asked_for(tmp_path):
     source = save(tmp_path / "in.safetensors", {"decoder.weight": np.zeros(3, np.float32)})
-    with pytest.raises(ValueError, match=r"'decoder.weight'.* are none of \['dit', 'wan', 'wan-original'\]"):
+    known = ", ".join(map(repr, ("dit", "sit", "latte", "wan", "wan-original", "kl", "wan-vae")))
+    with pytest.raises(ValueError, match=rf"'decoder.weight'.* are none of \[{known}\]"):
         CONVERT.import_file(source, tmp_path / "ours.safetensors")
     source = save(tmp_path / "dit.safetensors", random_weights("dit"))
     with pytest.raises(ValueError, match="width 32 is no published size: give --published"):
         CONVERT.import_file(source, tmp_path / "ours.safetensors")
+    heads = {"num_heads": 2}
+    with pytest.raises(ValueError, match=r"are those of \['dit', 'sit'\]: say which --family it is"):
+        CONVERT.import_file(source, tmp_path / "ours.safetensors", heads)
+    said = CONVERT.import_file(source, tmp_path / "ours.safetensors", heads | {"_class_name": "SiT"})
+    assert ": sit, " in said and generate.load(tmp_path / "ours.safetensors").config.model.predict == "v"
+    with pytest.raises(ValueError, match="are none of .*'latte'"):
+        CONVERT.import_file(source, tmp_path / "ours.safetensors", heads | {"_class_name": "Latte"})
 
 
 def test_a_run_is_exported_under_the_published_names(tmp_path):
@@ -574,6 +597,93 @@ def _flat(tree, at=()):
 # What is converted runs.
 
 
+@pytest.mark.parametrize("name", parity.MODELS)
+def test_a_converted_model_gives_its_references_output(shared, tmp_path, name):
+    """From the reference's file by the command's own way to the velocity that `sample` and `train` use."""
+    golden, file = shared / "golden", tmp_path / "ours.safetensors"
+    CONVERT.import_file(golden / f"{parity.MODELS[name][1]}.safetensors", file, family=name)
+    trained = generate.load(file)
+    p = dataclasses.replace(parity.published(golden, name), params=trained.params)
+    io, C = p.io, p.config["in_channels"]
+    if name == "sit":
+        level_B, scale_B = 1 - io["t"], np.ones(len(io["t"]))
+    else:  # theirs are x_t at timesteps, ours z = x_t / (alpha + sigma) at levels
+        s = diffusion.linear_schedule()
+        t = io["t"].astype(int)
+        level_B, scale_B = s.level_T[t], (np.sqrt(s.abar_T) + np.sqrt(1 - s.abar_T))[t]
+    wide = lambda a: np.asarray(a).reshape(-1, 1, 1, 1, 1)
+    theirs, x = (io[key] if name == "latte" else io[key][:, None] for key in ("out", "x"))
+    z = (x / wide(scale_B)).astype(np.float32)
+    batch, cond, _, grids = p.lay(z, io["y"])
+    level_BxG = per_clip(level_B, batch.patches.level_BxG.shape)
+    velocity = jax.jit(diffusion.make_velocity(make_model(trained.config, C), trained.config))
+    v = frames(velocity(p.params["dit"], dataclasses.replace(batch.patches, level_BxG=level_BxG), cond), grids)
+    ours = -v if name == "sit" else z + wide(1 - level_B) * v
+    assert error(ours, theirs[:, :, :C]) < 1e-5
+
+
+AUTOENCODERS = ("autoencoder_kl_sd", "autoencoder_kl_wan", "autoencoder_kl_wan22")
+
+
+@pytest.mark.parametrize("path", AUTOENCODERS)
+def test_a_converted_autoencoder_goes_back_unchanged(shared, tmp_path, path):
+    source = shared / "golden/diffusers" / f"{path}.safetensors"
+    said = CONVERT.import_file(source, tmp_path / "ours.safetensors")
+    assert (": kl, " if path.endswith("sd") else ": wan-vae, ") in said
+    CONVERT.export_file(tmp_path / "ours.safetensors", tmp_path / "out")
+    back = tmp_path / "out/diffusion_pytorch_model.safetensors"
+    assert_equal(read(back), read(source))
+    published = json.loads((tmp_path / "out/config.json").read_text())
+    assert published.items() >= open_weights(source).config.items() and "_class_name" in published
+    CONVERT.import_file(tmp_path / "out", tmp_path / "again.safetensors")
+    assert_equal(read(tmp_path / "again.safetensors"), read(tmp_path / "ours.safetensors"))
+
+
+@pytest.mark.parametrize("path", AUTOENCODERS[:2])
+def test_a_converted_autoencoder_gives_its_references_output(shared, tmp_path, path):
+    """Of images, by the codec that a config of its file asks for."""
+    said = CONVERT.import_file(shared / "golden/diffusers" / f"{path}.safetensors", tmp_path / "ours.safetensors")
+    config = base.get_config()
+    flags_ = [line.removeprefix("--set=") for line in said.split() if line.startswith("--set=")]
+    CONVERT.set_keys(config, CONVERT.parse_settings(flags_))
+    config.codec.stride = (1, 8, 8) if path.endswith("sd") else (4, 8, 8)
+    codec = make_codec(config.codec)
+    _, _, io = load_arrays(shared / "golden", f"diffusers/{path}")
+    if path.endswith("sd"):
+        video, mean, decoded = (np.moveaxis(io[key][:1], 1, -1) for key in ("x", "mean", "decoded_from_mean"))
+    else:
+        video, mean, decoded = (last(io[f"image_{key}"]) for key in ("x", "mean", "decoded_unclamped"))
+    latents = (mean - np.float32(codec.mean)) / np.float32(codec.std)
+    assert error(codec.encode(video), latents) < 1e-5
+    assert error(chunked(codec, "decoder", mean), decoded) < 1e-5
+
+
+def test_what_of_an_autoencoder_does_not_fit_is_named(shared, tmp_path):
+    source = shared / "golden/diffusers/autoencoder_kl_sd.safetensors"
+    config, state = open_weights(source).config, read(source)
+    convert = lambda state, config, **how: CONVERT.import_file(
+        save(tmp_path / "in.safetensors", state, config=config), tmp_path / "ours.safetensors", **how
+    )
+    with pytest.raises(ValueError, match="1 unused:\n  extra"):
+        convert(state | {"extra": np.zeros(3, np.float32)}, config)
+    assert "extra" in convert(state | {"extra": np.zeros(3, np.float32)}, config, partial=True)
+    wanted = read(tmp_path / "ours.safetensors")
+    lost = {n: w for n, w in state.items() if n != "decoder.conv_in.bias"}
+    with pytest.raises(ValueError, match="1 missing:\n  decoder.conv_in.bias"):
+        convert(lost, config, partial=True)
+    with pytest.raises(ValueError, match="lacks 'latent_channels': give its config.json"):
+        convert(state, {k: v for k, v in config.items() if k != "latent_channels"})
+    with pytest.raises(ValueError, match="are not those of --family=wan-vae"):
+        convert(state, config, family="wan-vae")
+    with pytest.raises(ValueError, match="holds no config to --set"):
+        convert(state, config, settings={"codec.kind": "kl"})
+    old = {new: name for name, new in kl.OLD_NAMES.items()}
+    aged = {n: next((n.replace(f".{k}.", f".{o}.") for k, o in old.items() if f".{k}." in n), n) for n in state}
+    assert sum(n != a for n, a in aged.items()) == 16
+    convert({aged[n]: w for n, w in state.items()}, config)
+    assert_equal(read(tmp_path / "ours.safetensors"), wanted)
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A directory with a tiny Wan, as the command leaves it."""
@@ -610,9 +720,8 @@ def test_a_run_begins_from_a_converted_model(tmp_path):
     """A DiT over the pixel codec's values: its weights become the state's, each in its sharding."""
     published = DIT | {"in_channels": 12, "learn_sigma": False}
     state = random_weights("dit", published)
-    CONVERT.import_file(
-        save(tmp_path / "in.safetensors", state, config=published), tmp_path / "run/weights.safetensors"
-    )
+    source = save(tmp_path / "in.safetensors", state, config=published)
+    CONVERT.import_file(source, tmp_path / "run/weights.safetensors", family="dit")
     config = generate.load(tmp_path / "run").config
     config.codec.kind, config.codec.stride = "pixels", (4, 1, 1)
     config.mesh.fsdp = jax.device_count()
@@ -624,9 +733,8 @@ def test_a_run_begins_from_a_converted_model(tmp_path):
     for tree in (begun.params, begun.ema):
         jax.tree.map(np.testing.assert_array_equal, tree, wanted)
         assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, tree, shardings.params))
-    CONVERT.import_file(
-        save(tmp_path / "in.safetensors", random_weights("dit"), config=DIT), tmp_path / "other.safetensors"
-    )
+    source = save(tmp_path / "in.safetensors", random_weights("dit"), config=DIT)
+    CONVERT.import_file(source, tmp_path / "other.safetensors", family="dit")
     with pytest.raises(ValueError, match=r"other weights than this config:\n.*\['dit'\]\['last'\]"):
         start_from(tmp_path / "other.safetensors", fresh(), shardings)
 
@@ -662,6 +770,10 @@ def test_from_a_hub_id_without_a_network(tmp_path):
     done = call("some/wan")
     assert done.returncode == 0 and ": wan, " in done.stdout, done.stderr
     assert native.load_weights(tmp_path / "out.safetensors")[1]["model"]["width"] == 32
+    (snapshot / "vae").mkdir()
+    save(snapshot / "vae" / "diffusion_pytorch_model.safetensors", {"of the vae": np.zeros(3, np.float32)})
+    done = call("some/wan/vae")
+    assert done.returncode == 1 and "the file's names (['of the vae'], ...) are none of" in done.stderr, done.stderr
     done = call("some/other")
     assert done.returncode == 1 and "FileNotFoundError: some/other is not on this machine" in done.stderr
     assert "Traceback" not in done.stderr

@@ -418,7 +418,7 @@ def test_exact_outputs_of_x_v_and_e_are_one_velocity():
         np.testing.assert_allclose(to_velocity(out, z, level_BxN, predict), v, atol=2e-5)
     for predict, level in (("x", 0.0), ("e", 1.0)):
         assert np.isfinite(to_velocity(clean, noise, np.full((1, 50), level, np.float32), predict)).all()
-    with pytest.raises(ValueError, match="model.predict='z' .*'x', 'v', 'e'"):
+    with pytest.raises(ValueError, match="model.predict='z' .*'x', 'v', 'e', 'ddpm'"):
         to_velocity(clean, z, level_BxN, "z")
 
 

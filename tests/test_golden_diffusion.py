@@ -21,7 +21,7 @@ from dit_video.sampling import guided, sample
 from dit_video.text.labels import LabelEncoder
 from dit_video.weights import diffusion, dit, latte, sit
 from experiments.parity import diffusion as parity
-from experiments.parity.arrays import error
+from experiments.parity.arrays import error, limit
 from experiments.parity.rows import frames, per_clip
 
 FAMILIES = {"dit": dit, "sit": sit, "latte": latte}
@@ -32,15 +32,6 @@ TINY = {
 
 
 # Against the references' arrays
-
-
-def limit(what: str) -> float:
-    if what.startswith("block"):
-        return 2e-6
-    if what.startswith("tables"):
-        return 1e-13
-    # See `training_errors`: the reference's own float32.
-    return 2e-5 if what == "gradient of the timestep's sinusoids" else 1e-5
 
 
 @pytest.mark.parametrize(
@@ -248,6 +239,26 @@ def test_euler_is_ddim():
     assert error(frames(by_euler.x_BxNxP, grids)[:, 0], x) < 1e-5
     assert error(frames(by_steps.x_BxNxP, grids)[:, 0], x) < 1e-5
     assert (np.asarray(by_euler.level_BxG) == 0).all() and (np.asarray(by_steps.level_BxG) == 0).all()
+
+
+def test_from_pure_noise_the_velocity_is_that_of_the_last_timestep():
+    """Of data at one point, whose noise is known: v = e - x also where levels are above the schedule's last."""
+    rng = np.random.default_rng(5)
+    point, e = rng.normal(size=(2, 1, 4, 4, 4))
+    alpha_T, sigma_T = np.sqrt(FULL.abar_T), np.sqrt(1 - FULL.abar_T)
+    data = rows(point.astype(np.float32), [0])[0].x_BxNxP
+
+    def knows(patches):
+        t = int(np.rint(patches.level_BxG[0, 0] * 1000))
+        e_hat = (patches.x_BxNxP - alpha_T[t] * data) / sigma_T[t]
+        return np.concatenate([part.reshape(*part.shape[:2], 4, 4) for part in (e_hat, e_hat)], -1).reshape(
+            *data.shape[:2], 32
+        )
+
+    predict = diffusion.predictions(knows, FULL, 4)
+    for level, most in ((FULL.level_T[500], 1e-5), (FULL.level_T[-1], 1e-3), (0.997, 0.01), (1.0, 0.01)):
+        patches, grids = rows(((1 - level) * point + level * e).astype(np.float32), [level])
+        assert error(frames(predict(patches)[0], grids)[:, 0], e - point) < most
 
 
 losses = jax.jit(functools.partial(diffusion.losses, FULL))

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_video.attention import spread
-from dit_video.model import split_output
+from dit_video.model import DiT, split_output
+from dit_video.model import make_velocity as model_velocity
 from dit_video.patches import Patches
 
 
@@ -181,9 +182,25 @@ def predictions(forward: Callable, schedule: Schedule, cells: int) -> Callable:
             patches, x_BxNxP=z_BxNxP * scale_BxNx1, level_BxG=jnp.interp(patches.level_BxG, level, time)
         )
         e_BxNxP, f_BxNxP = split_output(forward(told), z_BxNxP.shape[-1], cells)
-        return (e_BxNxP - z_BxNxP) / data_BxNx1, (f_BxNxP + 1) / 2
+        # Above the last level x_t is what it would be there, and z too: else the velocity from pure noise lacks e.
+        last_BxG = jnp.sqrt(level[-1] ** 2 + data[-1] ** 2) * scale_BxG
+        last_BxNx1 = spread(jnp.where(patches.level_BxG > level[-1], last_BxG, 1)[..., None], patches.group_BxN)
+        return (e_BxNxP - z_BxNxP * last_BxNx1) / data_BxNx1, (f_BxNxP + 1) / 2
 
     return predict
+
+
+def make_velocity(model: DiT, config):
+    """`model.make_velocity` of every config: where model.predict is 'ddpm', by `predictions` from DiT's schedule."""
+    if config.model.predict != "ddpm":
+        return model_velocity(model, config)
+    schedule, cells = linear_schedule(), int(np.prod(config.model.patch))
+
+    def velocity(params, patches: Patches, cond):
+        forward = lambda told: model.apply({"params": params}, told, cond).astype(jnp.float32)
+        return predictions(forward, schedule, cells)(patches)[0]
+
+    return velocity
 
 
 @jax.tree_util.register_dataclass

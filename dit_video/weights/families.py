@@ -6,10 +6,11 @@ D model width, C latent channels. 'Published' is the configuration that a family
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 from dit_video.model import block_parameters, make_model
-from dit_video.weights import Rule, dit, wan
+from dit_video.weights import Rule, dit, kl, latte, sit, wan, wan_vae
 
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width; Peebles and Xie 2023, table 1
 WAN_HEAD = 128  # width of a head in every published Wan transformer
@@ -21,8 +22,8 @@ class Family(NamedTuple):
     """published(shapes, given) -> the published configuration, from the tensors' shapes and what its config.json
     gives, or None where the names are another family's; rules(published); overrides(published) -> our config's keys,
     flat; theirs(config) -> the published configuration of a config of ours, or None where it is no such model;
-    config_json(published) -> what its own loader reads beside the weights; dead: of published weights, the names of
-    those that its own class does not read either, as a regular expression.
+    config_json(published) -> what its own loader reads beside the weights, with the name of its class; dead: of
+    published weights, the names of those that its own class does not read either, as a regular expression.
     """
 
     published: Callable
@@ -30,16 +31,18 @@ class Family(NamedTuple):
     overrides: Callable
     theirs: Callable
     config_json: Callable
+    class_name: str
     dead: str = "(?!)"
 
 
 def find(shapes: Mapping[str, tuple], given: Mapping, family: str | None = None) -> tuple[str, str, dict]:
     """(family, prefix of all its names, published configuration) of the tensors in a file.
 
-    given: the file's config.json, and what else is known. Raises ValueError where no family fits, or more than one.
+    given: the file's config.json, and what else is known. SiT's names are DiT's: its config.json's `_class_name` says
+    which it is, or `family`. Raises ValueError where no family fits, or more than one.
     """
-    found = []
-    for name in [family] if family else FAMILIES:
+    found, named = [], [name for name, one in FAMILIES.items() if one.class_name == given.get("_class_name")]
+    for name in [family] if family else named or FAMILIES:
         for prefix in PREFIXES:
             inside = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
             published = FAMILIES[name].published(inside, given)
@@ -47,7 +50,8 @@ def find(shapes: Mapping[str, tuple], given: Mapping, family: str | None = None)
                 found.append((name, prefix, published))
                 break
     if len(found) != 1:
-        which = f"those of {[name for name, *_ in found]}" if found else f"none of {family or list(FAMILIES)}"
+        known = [family] if family else [*FAMILIES, *AUTOENCODERS]
+        which = f"those of {[name for name, *_ in found]}" if found else f"none of {known}"
         some = sorted(shapes)[:6]
         raise ValueError(
             f"the file's names ({some}, ...) are {which}: say which --family it is, and --entry if needed."
@@ -66,7 +70,7 @@ def family_of(config) -> tuple[str, dict] | None:
 def model_overrides(arguments: Mapping) -> dict:
     """The keys of our config's model that a family's `arguments` gives under the same name."""
     ours = "width depth heads mlp_width modulation position qk_norm text text_norm image_width level_scale".split()
-    ours += ["pos_scale", "pos_offset"]
+    ours += ["level_direction", "attention_pattern", "pos_scale", "pos_offset"]
     return {f"model.{key}": arguments[key] for key in ours if key in arguments}
 
 
@@ -84,13 +88,25 @@ def _depth(shapes: Mapping) -> int:
     return 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d{1,4})\.", name))), default=-1)
 
 
-# DiT
+# DiT, SiT, Latte
 
 
 def dit_published(shapes: Mapping, given: Mapping) -> dict | None:
+    """DiT's, and SiT's, which has the same names and the same arguments."""
+    return None if "temp_embed" in shapes else _dit(shapes, given)
+
+
+def latte_published(shapes: Mapping, given: Mapping) -> dict | None:
+    if len(shapes.get("temp_embed", ())) != 3 or (published := _dit(shapes, given)) is None:
+        return None
+    extras = 2 if "y_embedder.embedding_table.weight" in shapes else 1
+    return published | {"num_frames": shapes["temp_embed"][1], "extras": given.get("extras", extras)}
+
+
+def _dit(shapes: Mapping, given: Mapping) -> dict | None:
     if not {"x_embedder.proj.weight", "final_layer.linear.weight", "pos_embed"} <= shapes.keys():
         return None
-    if not any("adaLN_modulation" in name for name in shapes) or "temp_embed" in shapes:
+    if not any("adaLN_modulation" in name for name in shapes):
         return None
     if len(shapes["x_embedder.proj.weight"]) != 4 or len(shapes["pos_embed"]) != 3:
         return None
@@ -109,7 +125,7 @@ def dit_published(shapes: Mapping, given: Mapping) -> dict | None:
     }
     published |= {key: given[key] for key in published if given.get(key) is not None}
     if published["num_heads"] is None:
-        raise ValueError(f"DiT of width {D} is no published size: give --published='{{\"num_heads\": ...}}'.")
+        raise ValueError(f"DiT's width {D} is no published size: give --published='{{\"num_heads\": ...}}'.")
     return published
 
 
@@ -125,21 +141,42 @@ def dit_overrides(published: Mapping) -> dict:
         "text.classes": published["num_classes"],
         "model.patch": (1, p, p),
         "model.out_channels": C * (2 if published["learn_sigma"] else 1),
-        "model.predict": "e",
+        "model.predict": "ddpm",
     }
 
 
+def sit_overrides(published: Mapping) -> dict:
+    more = {"name": "SiT", "model.predict": "v", "flow.distribution": "uniform"}
+    return dit_overrides(published) | model_overrides(sit.arguments(published)) | more
+
+
+def latte_overrides(published: Mapping) -> dict:
+    more = {"name": "Latte", "data.group_by": "clip"}
+    return dit_overrides(published) | model_overrides(latte.arguments(published)) | more
+
+
 def dit_theirs(config) -> dict | None:
+    return _dit_theirs(config, ("ddpm", 1000.0, "noise"), ("all",), ("pooled",))
+
+
+def sit_theirs(config) -> dict | None:
+    return _dit_theirs(config, ("v", 1.0, "data"), ("all",), ("pooled",))
+
+
+def latte_theirs(config) -> dict | None:
+    published = _dit_theirs(config, ("ddpm", 1000.0, "noise"), ("space", "time"), ("pooled", "none"))
+    extras = 2 if config.model.text == "pooled" else 1
+    return published and published | {"num_frames": 16, "extras": extras}  # as published; it has no table either
+
+
+def _dit_theirs(config, told: tuple, pattern: tuple, texts: tuple) -> dict | None:
+    """told: what the network gives, and how it is told the level."""
     m = config.model
-    if (m.modulation, m.position, m.text, m.qk_norm, config.text.kind) != (
-        "block",
-        "table",
-        "pooled",
-        "none",
-        "labels",
-    ):
+    if (m.modulation, m.position, m.qk_norm, config.text.kind) != ("block", "table", "none", "labels"):
         return None
-    if m.patch[0] != 1 or m.patch[1] != m.patch[2] or tuple(m.attention_pattern) != ("all",):
+    if (m.predict, m.level_scale, m.level_direction) != told or m.text not in texts:
+        return None
+    if m.patch[0] != 1 or m.patch[1] != m.patch[2] or tuple(m.attention_pattern) != pattern:
         return None
     C = config.codec.channels
     return {
@@ -312,23 +349,68 @@ def wan_theirs(config) -> dict | None:
 
 
 def wan_config_json(published: Mapping) -> dict:
-    return {"_class_name": "WanTransformer3DModel", "rope_max_seq_len": 1024, **published}
+    return {"rope_max_seq_len": 1024, **published}
 
 
 def wan_original_config_json(published: Mapping) -> dict:
     kept = {key: published[theirs] for theirs, key in ORIGINAL_KEYS.items() if theirs != "patch_size"}
     kind = "i2v" if published["image_dim"] else "ti2v" if published["out_channels"] == 48 else "t2v"
     width = published["num_attention_heads"] * published["attention_head_dim"]
-    return {"_class_name": "WanModel", "model_type": kind, "dim": width, "text_len": 512, **kept}
+    return {"model_type": kind, "dim": width, "text_len": 512, **kept}
 
 
-# One line for each; of families with the same names, --family must say which.
+# One line for each; of families with the same names, the config.json or --family must say which.
 FAMILIES = {
-    "dit": Family(dit_published, dit.rules, dit_overrides, dit_theirs, dict),
+    "dit": Family(dit_published, dit.rules, dit_overrides, dit_theirs, dict, "DiT"),
+    "sit": Family(dit_published, sit.rules, sit_overrides, sit_theirs, dict, "SiT"),
+    "latte": Family(latte_published, latte.rules, latte_overrides, latte_theirs, dict, "Latte"),
     "wan": Family(
-        wan_published, wan.rules, wan_overrides, wan_theirs, wan_config_json, r"\.attn2\.norm_added_q\.weight$"
+        wan_published,
+        wan.rules,
+        wan_overrides,
+        wan_theirs,
+        wan_config_json,
+        "WanTransformer3DModel",
+        r"\.attn2\.norm_added_q\.weight$",
     ),
     "wan-original": Family(
-        wan_original_published, wan_original_rules, wan_overrides, lambda config: None, wan_original_config_json
+        wan_original_published,
+        wan_original_rules,
+        wan_overrides,
+        lambda config: None,
+        wan_original_config_json,
+        "WanModel",
     ),
 }
+
+
+# Autoencoders
+
+
+class Autoencoder(NamedTuple):
+    """module: that of its weights; kind: as codec.kind; axes: of its convolutions' weights."""
+
+    module: ModuleType
+    kind: str
+    axes: int
+    class_name: str
+
+
+AUTOENCODERS = {
+    "kl": Autoencoder(kl, "kl", 4, "AutoencoderKL"),
+    "wan-vae": Autoencoder(wan_vae, "wan", 5, "AutoencoderKLWan"),
+}
+MARKS = ("encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight")
+
+
+def find_autoencoder(shapes: Mapping[str, tuple], given: Mapping, family: str | None = None) -> str | None:
+    """Which of AUTOENCODERS the tensors in a file are, or None.
+
+    given: as in `find`. Raises ValueError where they are not the one that `family` asks for.
+    """
+    axes = {len(shapes.get(name, ())) for name in MARKS}
+    class_name = given.get("_class_name")
+    found = [n for n, a in AUTOENCODERS.items() if axes == {a.axes} and class_name in (None, a.class_name)]
+    if family in AUTOENCODERS and family not in found:
+        raise ValueError(f"the file's names ({sorted(shapes)[:6]}, ...) are not those of --family={family}.")
+    return found[0] if found and family in (None, found[0]) else None

@@ -91,12 +91,13 @@ def _residual(ours: str, theirs: str, n_in: int, n_out: int) -> list[Rule]:
 
 def to_ours(state: Mapping[str, np.ndarray], config: Mapping) -> dict:
     """{'encoder', 'decoder': parameters} from the published state dict, of old names or new; see `import_weights`."""
-    return import_weights({_renamed(name): w for name, w in state.items()}, rules(config), 0)
+    return import_weights({new_name(name): w for name, w in state.items()}, rules(config), 0)
 
 
-def _renamed(name: str) -> str:
-    *path, layer, kind = name.split(".")
-    return ".".join([*path, OLD_NAMES.get(layer, layer), kind])
+def new_name(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(f".{old}.", f".{new}.")
+    return name
 
 
 def to_theirs(params: Mapping, config: Mapping) -> dict[str, np.ndarray]:
