@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from test_loader import Numbered, assert_same, draw, open_loader, plan, small_config  # noqa: F401 (a fixture)
-from test_trainer import awake, tiny
+from test_trainer import tiny
 
 from configs import base
 from dit_video.codecs import make_codec, to_float
@@ -133,7 +133,8 @@ def test_rows_of_what_is_visible_train():
     batch = next(loader)
     loader.close()
     assert fill(batch)["clips"] >= 20
-    params = awake(jax.eval_shape(run.init, jax.random.key(0)).params)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(run.init, jax.random.key(0)).params
+    params = jax.tree.map(lambda a: 0.1 * rng.standard_normal(a.shape, np.float32), shapes)
     gradient, sums = jax.jit(run.sums)(params, batch, jax.random.key(1))
     assert np.isfinite(sums["loss"]) and 0 < sums["weight"] <= fill(batch)["patches"]
     assert all(np.isfinite(g).all() and (g != 0).any() for g in jax.tree.leaves(gradient))
