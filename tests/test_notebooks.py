@@ -1,4 +1,4 @@
-"""The notebooks run as they stand, from the first cell to the last, by IPython itself; small, or (slow) at full size."""
+"""The notebooks run as they stand, from first cell to last, by IPython itself: small, or (slow) at full size."""
 
 import base64
 import io
@@ -155,7 +155,7 @@ def test_training_on_a_folder(settings, tmp_path):
     assert max(line["step"] for line in lines) == ran.STEPS and any("validation" in line for line in lines)
     assert figures(ran.cells) == 1
     shown = [gifs(cell) for cell in ran.cells if cell and cell["shown"]]
-    assert len(shown[-1]) == 3 and shown[-1][:2] == [9, 9]
+    assert len(shown[-1]) == 3
 
 
 @pytest.mark.parametrize("settings", [SMALL["packing"], pytest.param({}, marks=pytest.mark.slow)])

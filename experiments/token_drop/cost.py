@@ -8,6 +8,7 @@ the step's seconds (median; the rates take turns, so that a machine whose speed 
 per second, each against nothing left out. --runs=0 packs alone, in seconds.
 """
 
+import math
 import statistics
 import time
 
@@ -29,7 +30,7 @@ def config_of(rate: float):
     """The embedded world's config with a share left out, and places for the text and groups of as many more clips."""
     config = shapes.get_config()
     config.data.drop = (rate, rate)
-    more = lambda count: 16 * round(count / (1 - rate) / 16)
+    more = lambda count: 16 * math.ceil(count / (1 - rate) / 16)
     config.data.text_length, config.data.groups = more(config.data.text_length), more(config.data.groups)
     return config
 
