@@ -38,6 +38,10 @@ def get_config() -> ml_collections.ConfigDict:
     data.workers = 0  # decoding processes beside the training process; 0 = threads of it
     data.pair_share = 0.5  # shapes: clips with two objects
     data.still_share = 0.2  # shapes: clips of one frame
+    # Shares, least and most, of a clip's patches that training leaves out before packing; each clip draws its own
+    # between them. A row then holds more clips: raise data.text_length and data.groups with it.
+    data.drop = (0.0, 0.0)
+    data.whole = 0.1  # with data.drop: share of the steps, at the end, that leave nothing out
     data.max_tokens = 128  # patches of the longest clip; attention uses it as its span
     data.fps = (8.0, 12.0)  # clips: frame rates that a window may be read at
     data.max_frames = 13  # clips: frames of the longest window
