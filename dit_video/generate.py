@@ -169,6 +169,9 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
         words = "a request has %d patches, and the model was trained on clips of up to %d: smaller sizes are faster."
         logging.warning(words, most, trained_on)
 
+    # Once, as a roll-out asks for them again and again.
+    everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    trained = dataclasses.replace(trained, params=jax.device_put(trained.params, everywhere))
     done = lambda tasks: {
         i: finish(tasks[i], to_uint8(layout.codec.decode(latents_TxYxXxC)))
         for i, latents_TxYxXxC in solve(tasks).items()
@@ -291,14 +294,12 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
         caches = caches or [empty_cache(model, at_once * (1 + guide), length) for _ in range(0, len(rows), at_once)]
     run = _sampler(config.to_json(), how.solver, tuple(how.interval), guide, float(how.history), largest)
     put = lambda a, axis=0: a if mesh is None else jax.device_put(a, batch_sharding(mesh, axis))
-    everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.device_put(trained.params, everywhere)
     done, after = [], []
     for i, start in enumerate(range(0, len(rows), at_once)):
         part = slice(start, start + at_once)
         some = jax.tree.map(lambda a, part=part: put(a[part]), batch)
         cache = caches[i] if caches else None
-        x_BxNxP, cache = run(params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]), cache)
+        x_BxNxP, cache = run(trained.params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]), cache)
         done.append(np.asarray(x_BxNxP))
         after.append(cache)
     return unpack(np.concatenate(done), [grids[i] for i in range(len(tasks))]), after
