@@ -150,7 +150,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     tasks, rolled, causal = {}, {}, {}
     for i, request in enumerate(requests):
         if kinds[i] == "rollout" and request.causal:
-            _check_causal(config, how)
+            _check_causal(trained.config, how)
             causal[i] = start_causal(request, layout, level_K)
         elif kinds[i] == "rollout":
             rolled[i] = start_rollout(request, layout)
@@ -169,9 +169,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
         words = "a request has %d patches, and the model was trained on clips of up to %d: smaller sizes are faster."
         logging.warning(words, most, trained_on)
 
-    # Once, as a roll-out asks for them again and again.
-    everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    trained = dataclasses.replace(trained, params=jax.device_put(trained.params, everywhere))
+    trained = _placed(trained, mesh)
     done = lambda tasks: {
         i: finish(tasks[i], to_uint8(layout.codec.decode(latents_TxYxXxC)))
         for i, latents_TxYxXxC in solve(tasks).items()
@@ -193,7 +191,13 @@ def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) 
         raise ValueError(f"latents are left undecoded for tasks of text alone, and these are {others}.")
     tasks = [text_to_video(request, layout, level_K) for request in requests]
     scales = [how.guidance if r.guidance is None else r.guidance for r in requests]
-    return _pack_and_solve(tasks, scales, trained, how, mesh) if tasks else []
+    return _pack_and_solve(tasks, scales, _placed(trained, mesh), how, mesh)[0] if tasks else []
+
+
+def _placed(trained: Trained, mesh) -> Trained:
+    """The weights on every device, once: a roll-out asks for them again and again."""
+    everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return dataclasses.replace(trained, params=jax.device_put(trained.params, everywhere))
 
 
 def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):

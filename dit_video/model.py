@@ -79,7 +79,7 @@ class DiT(nn.Module):
     pos_scale, pos_offset: index = pos * scale + offset, per axis (t, y, x).
     span: the longest clip's patches, if the caller promises one (see `attend`).
     window: latent frames, its own among them, that a frame of a causal clip sees (patches.block_BxN); None = all
-        before it. A causal clip's times are told by rope alone: it looks the same at any time of a long video.
+        before it. With rope it alone tells a causal clip's times: it looks the same at any time of a long video.
     """
 
     patch_values: int
