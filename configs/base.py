@@ -94,6 +94,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.dtype = "float32"  # of the computation; parameters are float32
     model.remat = "dots"  # 'none', 'dots' or 'full': what the backward pass computes again
     model.unroll = 1  # layers unrolled in the scan over layers
+    model.window = 0  # latent frames, its own among them, that a frame of a causal clip sees; 0 = no clip is causal
 
     config.lora = lora = ml_collections.ConfigDict()
     lora.rank = 0  # of the low-rank factors that are trained in place of all weights; 0 = all weights are trained
@@ -108,6 +109,7 @@ def get_config() -> ml_collections.ConfigDict:
     flow.shift_tokens = 0.0  # levels shift by sqrt(clip's patches / this); 0 = no shift
     flow.weight_floor = 0.0  # levels below it weigh (level / floor)^2: the error of x weighs at most 1 / floor^2
     flow.light = 0.2  # highest level of what is known but lightly noised
+    flow.causal_share = 0.0  # share of the videos that train frame-causally, a few first frames clean; rest: mixture
     flow.mixture = mixture = ml_collections.ConfigDict()  # shares of the videos; the rest trains at one level per clip
     mixture.first = 0.1  # the first latent frame is known: clean, and of no weight
     mixture.prefix = 0.0  # the first few latent frames are

@@ -45,6 +45,8 @@ class Patches:
     level_BxG: float32, the group's noise level: 0 = clean, 1 = pure noise.
     seg_BxG: int32, the clip of a group; 0 = no group there.
     clip_BxG: uint32, the name of the group's clip: levels and text dropout hang on it.
+    block_BxN: int32, in frame-causal clips 1 + the index of the latent frame, which sees none after it, and 0 in
+    bidirectional ones; None = all are bidirectional.
     """
 
     x_BxNxP: jax.Array
@@ -57,6 +59,7 @@ class Patches:
     level_BxG: jax.Array
     seg_BxG: jax.Array
     clip_BxG: jax.Array
+    block_BxN: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
