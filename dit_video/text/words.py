@@ -34,8 +34,8 @@ def drop(ids_BxSxK, prompt_BxS, drop_BxS):
 class WordEncoder(nn.Module):
     """Embeds each word's bytes, then lets the words of a prompt see one another (pre-norm transformer layers).
 
-    What all tokens share grows fastest in training and comes to drown what tells words apart. So there are no biases, the
-    bytes that pad a word are zero, and of what the layers add, what a prompt's tokens have in common is taken away.
+    What all tokens share grows fastest in training and comes to drown what tells words apart. So there are no biases,
+    the bytes that pad a word are zero, and of what the layers add, what a prompt's tokens have in common is taken away.
     """
 
     width: int = 128
