@@ -15,7 +15,7 @@ def silu(x):
 
 
 def convolve(x_CxTxYxX, weight, bias, pads, stride=(1, 1, 1)):
-    """out[o, t, y, x] = sum of weight[o, c, i, j, k] x[c, t st + i, y sy + j, x sx + k] over the window, zeros around."""
+    """out[o, t, y, x] = sum of weight[o, c, i, j, k] x[c, t st + i, y sy + j, x sx + k], zeros around."""
     weight = weight if weight.ndim == 5 else weight[:, :, None]
     x = np.pad(x_CxTxYxX, [(0, 0), *pads])
     size = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:], weight.shape[2:], stride)]

@@ -3,6 +3,7 @@
 C channels, T x Y x X a clip's grid, S text tokens, I image tokens, E their width.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -13,9 +14,10 @@ import rebuild
 import safetensors.numpy
 
 from dit_video import patches as pt
+from dit_video.codecs import Pixels
 from dit_video.model import DiT
 from dit_video.weights import dit, latte, sit, wan
-from experiments.parity import arrays
+from experiments.parity import arrays, rows
 from experiments.parity import wan as parity_wan
 from experiments.parity.arrays import limit
 
@@ -91,6 +93,35 @@ def test_wan_equals_the_rebuild(tiny):
 def test_the_rebuild_tells_a_wrong_reading(tiny, wrong):
     """Epsilon, the form of GELU, the order of shift and scale, RoPE's pairs and axes: each would be seen."""
     assert arrays.error(tiny[0], tiny[1](**wrong)) > 6e-6
+
+
+def test_image_latents_as_channels_around_a_velocity(load):
+    """A sampler's patches hold the noise alone; the reference was given both halves as one clip."""
+    state, config, io = load("diffusers/wan_transformer_i2v")
+    model, params = DiT(**wan.arguments(config)), wan.to_ours(state, config)["dit"]
+    C, text = config["out_channels"], lambda b: io["text"][b]
+    lay = lambda x: rows.rows_of(np.moveaxis(x, 1, -1), text, np.arange(x.shape[2]) / 4, per_row=1)
+    (noise, grids), (shown, _) = lay(io["x"][:, :C]), lay(io["x"][:, C:])
+    image = io["image"], np.ones(io["image"].shape[:2], np.int32)
+    cond = pt.Cond(noise.ids_BxSxK, noise.prompt_BxS, *image)
+    velocity = wan.with_channels(
+        jax.jit(lambda patches, cond: model.apply({"params": params}, patches, cond)), shown.patches.x_BxNxP, cells=4
+    )
+    level_BxG = rows.levels(io["t"], noise.patches.level_BxG.shape)
+    out = velocity(dataclasses.replace(noise.patches, level_BxG=level_BxG), cond)
+    assert out.shape == noise.patches.x_BxNxP.shape
+    assert arrays.error(np.moveaxis(rows.frames(out, grids), 1, 2), io["out"]) < 1e-5
+
+
+def test_what_the_image_model_is_shown():
+    """Four flags, up in the first latent frame alone, then the latents of the picture with grey after it."""
+    codec, picture = Pixels((4, 8, 8)), np.random.default_rng(0).uniform(-1, 1, (8, 16, 3)).astype(np.float32)
+    shown = wan.image_channels(codec, picture, frames=9)
+    assert shown.shape == (3, 1, 2, 4 + codec.channels)
+    assert (shown[0, ..., :4] == 1).all() and (shown[1:, ..., :4] == 0).all()
+    video = codec.decode(shown[..., 4:])
+    np.testing.assert_array_equal(video[0], picture)
+    assert (video[1:] == 0).all()
 
 
 # Import and export
