@@ -15,6 +15,7 @@ import ast
 import dataclasses
 import functools
 import json
+import pathlib
 import re
 import sys
 
@@ -64,12 +65,12 @@ def fetch(source: str, revision: str | None = None):
         # Without a network, or with HF_HUB_OFFLINE=1, this is what the cache holds.
         allowed, ignored = ("vae/*", HUB_NEVER) if folder else (HUB_FILES, HUB_NEVER + HUB_PARTS)
         get = functools.partial(hub.snapshot_download, "/".join(parts), revision=revision, allow_patterns=allowed)
-        path = epath.Path(get(ignore_patterns=ignored + ("*.bin",)))
+        path = pathlib.Path(get(ignore_patterns=ignored + ("*.bin",)))
         if not any(found.suffix in (".safetensors", ".pt") for found in path.rglob("*")):
-            path = epath.Path(get(ignore_patterns=ignored))  # PyTorch's, where there is nothing else
+            path = get(ignore_patterns=ignored)  # PyTorch's, where there is nothing else
     except OSError as error:  # of which all that the hub raises is a kind
         raise FileNotFoundError(f"{source} is not on this machine, and not to be had from the hub: {error}") from error
-    return path / folder
+    return epath.Path(path) / folder
 
 
 def import_file(source, to, given=None, family=None, entry=None, dtype=None, partial=False, settings=None) -> str:
