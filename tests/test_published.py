@@ -15,7 +15,7 @@ from test_cli import sample_here
 from test_convert import CONVERT, DIT, assert_equal, random_weights, read, save
 from test_text_encoders import folder as umt5_folder
 from test_text_encoders import json_tokeniser
-from test_trainer import awake, first_batches
+from test_trainer import first_batches
 
 from configs import dit as dit_config
 from configs import latte as latte_config
@@ -126,7 +126,8 @@ def test_ddpms_loss_is_that_of_its_noise(labelled, tmp_path):
     config.model.out_channels = 4
     run, key = make_run(config), jax.random.key(2)
     (batch,) = first_batches(run, 1)
-    params = awake(jax.jit(run.init)(key).params)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(run.init, key).params
+    params = jax.tree.map(lambda a: (0.2 * rng.normal(size=a.shape)).astype(np.float32), shapes)
     found = jax.jit(run.evaluate)(params, batch, key)
 
     p = batch.patches
@@ -143,7 +144,7 @@ def test_ddpms_loss_is_that_of_its_noise(labelled, tmp_path):
         level_BxG=np.interp(level_BxG, level_T, np.arange(1000) / 1000).astype(np.float32),
     )
     text = run.text.module.apply({"params": params["text"]}, batch.ids_BxSxK, batch.prompt_BxS)
-    e_hat = run.model.apply({"params": params["dit"]}, told, Cond(text, batch.prompt_BxS))
+    e_hat = jax.jit(run.model.apply)({"params": params["dit"]}, told, Cond(text, batch.prompt_BxS))
     wanted = np.square(e_hat - e_BxNxP).mean(-1)[np.asarray(p.seg_BxN) != 0].sum()
     np.testing.assert_allclose(found["loss"], wanted, rtol=2e-4)
 
