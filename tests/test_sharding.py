@@ -22,20 +22,28 @@ from test_trainer import TINY, Tiny, assert_close, awake, first_batches, tiny
 from dit_video import generate
 from dit_video.flow import named_key
 from dit_video.metrics import read_metrics
-from dit_video.sharding import AXES, global_batch, make_mesh, state_shardings
+from dit_video.sharding import ROWS, global_batch, make_mesh, state_shardings
 from dit_video.step import make_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def mesh_of(data, fsdp):
-    return make_mesh(ml_collections.ConfigDict({"data": data, "fsdp": fsdp}))
+FOUR_HEADS = {"data.rows": 8, "model.heads": 4, "optimizer.kind": "adamw", "optimizer.warmup": 0}
+
+
+def mesh_config(data, fsdp=1, tensor=1, sequence=1, exchange="ring"):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    return ml_collections.ConfigDict(sizes | {"exchange": exchange})
+
+
+def mesh_of(*sizes):
+    return make_mesh(mesh_config(*sizes))
 
 
 @pytest.fixture(scope="module")
 def alone():
     """A run of eight rows on one device, and two steps of it."""
-    run = make_run(tiny({"data.rows": 8, "optimizer.kind": "adamw", "optimizer.warmup": 0}))
+    run = make_run(tiny(FOUR_HEADS))
     key = jax.random.key(0)
     state = jax.jit(run.init)(named_key(key, "init"))
     state = dataclasses.replace(state, params=awake(state.params), ema=awake(state.ema))
@@ -44,44 +52,67 @@ def alone():
 
 @pytest.fixture(scope="module")
 def two_steps(alone):
-    state, losses = alone.state, []
+    """(state, metrics) after each."""
+    state, after = alone.state, []
     for batch in alone.batches:
         state, metrics = alone.step(state, batch, alone.key)
-        losses.append(metrics)
-    return state, losses
+        after.append((state, metrics))
+    return after
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (4, 2)])
-def test_any_mesh_gives_the_same_steps(alone, two_steps, data, fsdp):
-    """Losses, by level too, gradients' norms and the weights after two steps (1e-5)."""
-    mesh = mesh_of(data, fsdp)
+def gradients(state):
+    """Adam's first moments: after the first step the gradient, clipped, times 1 - b1."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if ".mu" in jax.tree_util.keystr(path)}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        (8,),
+        (1, 8),
+        (4, 2),
+        (2, 2, 2),
+        (2, 1, 1, 4, "ring"),
+        (2, 1, 1, 4, "all_to_all"),
+        (1, 2, 2, 2, "ring"),
+    ],
+)
+def test_any_mesh_gives_the_same_steps(alone, two_steps, layout):
+    """Losses, by level too, gradients and the weights after two steps (1e-5); rows of several clips with their text."""
+    config = tiny(FOUR_HEADS)
+    config.mesh = mesh_config(*layout)
+    mesh = make_mesh(config.mesh)
+    run, (data, fsdp, tensor, sequence) = make_run(config, mesh), mesh.devices.shape
     shardings = state_shardings(jax.eval_shape(lambda: alone.state), mesh)
     state = jax.device_put(alone.state, shardings)
-    step = jax.jit(alone.run.step, out_shardings=(shardings, None))
-    for batch, wanted in zip(alone.batches, two_steps[1], strict=True):
+    step = jax.jit(run.step, out_shardings=(shardings, None))
+    for batch, (wanted_state, wanted) in zip(alone.batches, two_steps, strict=True):
         batch = global_batch(batch, mesh)
-        assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(batch))
+        own = batch.patches.x_BxNxP.addressable_shards[0].data
+        assert own.shape[:2] == (8 // (data * fsdp), config.data.length // sequence)
         state, metrics = step(state, batch, alone.key)
         assert_close(metrics, wanted, 1e-5)
-    assert_close(state.ema, two_steps[0].ema, 1e-5)
+        assert_close(gradients(state), gradients(wanted_state), 1e-5)
+    assert_close(state.ema, wanted_state.ema, 1e-5)
     # Adam divides by the root of a gradient's square: where that is next to nothing, rounding decides.
-    assert_close(state.params, two_steps[0].params, 1e-4)
-    # A device holds its share of the matrices: not all of them, as it would if the rule were idle.
+    assert_close(state.params, wanted_state.params, 1e-4)
+    # A device holds its share of the matrices: not all of them, as it would if the rules were idle.
     held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
     total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert held <= total / fsdp + 0.05 * total
+    assert held <= total / (fsdp * tensor * sequence) + 0.05 * total
 
 
 def summed(alone):
     """Run.sums of this device's rows, added up over the axes 'data' and 'fsdp'."""
-    return lambda params, batch, key, axes=AXES: jax.lax.psum(alone.run.sums(params, batch, key), axes)
+    return lambda params, batch, key, axes=ROWS: jax.lax.psum(alone.run.sums(params, batch, key), axes)
 
 
 def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
     """Gradient and sums of eight rows on one device are the psum of those of a row on each of eight (1e-5)."""
     params, batch = alone.state.params, alone.batches[0]
     wanted = jax.jit(alone.run.sums)(params, batch, alone.key)
-    mesh, everywhere, rows = mesh_of(4, 2), PartitionSpec(), PartitionSpec(AXES)
+    mesh, everywhere, rows = mesh_of(4, 2), PartitionSpec(), PartitionSpec(ROWS)
     mapped = jax.shard_map(
         summed(alone), mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
     )
@@ -101,7 +132,7 @@ def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 2), (3, 1), (-1, 3), (-1, 0)])
 def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
-    with pytest.raises(ValueError, match=rf"mesh.data={data} x mesh.fsdp={fsdp} do not make the 8 devices"):
+    with pytest.raises(ValueError, match=rf"mesh.data={data} x mesh.fsdp={fsdp} x .* do not make the 8 devices"):
         mesh_of(data, fsdp)
 
 
