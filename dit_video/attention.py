@@ -131,11 +131,8 @@ def merge(o_BxNxHxK, lse_BxNxH, more_o_BxNxHxK, more_lse_BxNxH):
 
 
 def query_block(N: int, pairs_per_query: int, most: int = 2**27) -> int:
-    """The largest share of N, halved as long as it divides, whose logits are at most `most`."""
-    size = N
-    while size * pairs_per_query > most and size % 2 == 0:
-        size //= 2
-    return size
+    """The largest divisor of N of which as many queries have at most `most` logits."""
+    return next(N // n for n in range(1, N + 1) if N % n == 0 and (N // n * pairs_per_query <= most or n == N))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -21,6 +21,7 @@ ROWS = ("data", "fsdp")
 SHARE = ("fsdp", "sequence")  # what cuts weights that are gathered for use
 ALL = ("fsdp", "sequence", "tensor")
 EXCHANGES = ("ring", "all_to_all")
+HOST = "pinned_host"
 
 # A parameter's name -> what its axes lie along. The first that matches holds. Where an axis of the mesh does not
 # divide an axis of an array, the array is left whole along it.
@@ -67,8 +68,8 @@ def check_layout(config, mesh: Mesh) -> None:
     rows, parts, m = config.data.rows, config.optimizer.accumulate, config.model
     if parts < 1 or rows % parts or (rows // parts) % (data * fsdp):
         raise ValueError(
-            f"data.rows={rows} do not split into optimizer.accumulate={parts} parts over {data * fsdp} devices "
-            f"(mesh.data={data} x mesh.fsdp={fsdp})."
+            f"data.rows={rows} do not split into optimizer.accumulate={parts} parts over {data * fsdp} devices. "
+            f"(Of the mesh, data={data} x fsdp={fsdp} take rows.)"
         )
     for name, whole, axis in (
         ("data.length", config.data.length, "sequence"),
@@ -116,17 +117,18 @@ def batch_shardings(batch, mesh: Mesh):
 def state_shardings(abstract, mesh: Mesh, offload: bool = False):
     """A sharding per leaf of a State (or of its parameters), by RULES on its name.
 
-    offload: the optimizer's arrays lie in the host's memory. Raises ValueError for a parameter without a rule, and for
-    offload where the devices' backend has no such memory.
+    offload: the optimizer's arrays lie in the host's memory. Raises ValueError for a parameter without a rule, and
+    where the backend cannot offload.
     """
     if offload:
-        _require_host_memory(mesh)
+        require_host_memory(mesh.devices.flat[0])
 
     def rule(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         host = offload and leaf.ndim and getattr(path[0], "name", "") == "opt_state"
-        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim else PartitionSpec()
-        return NamedSharding(mesh, spec, memory_kind="pinned_host" if host else None)
+        # What is no parameter's, as Muon's coefficients, stands under the optimizer's name alone.
+        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim and len(names) > 1 else PartitionSpec()
+        return NamedSharding(mesh, spec, memory_kind=HOST if host else None)
 
     return jax.tree_util.tree_map_with_path(rule, abstract)
 
@@ -145,13 +147,11 @@ def _spec(name: str, shape, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*(that_divide(axes, size) for axes, size in zip(rule, shape)))
 
 
-def _require_host_memory(mesh: Mesh) -> None:
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        raise ValueError("optimizer.offload=True needs an accelerator: on CPU the devices' memory is the host's.")
+def require_host_memory(device) -> None:
+    """Raises ValueError where a device's program cannot keep arrays in the memory of its host."""
     kinds = sorted(memory.kind for memory in device.addressable_memories())
-    if "pinned_host" not in kinds:
-        raise ValueError(f"optimizer.offload=True: {device.platform} has no pinned_host memory, only {kinds}.")
+    if HOST not in kinds:
+        raise ValueError(f"optimizer.offload=True needs {HOST} memory; {device.platform} devices have {kinds} alone.")
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:

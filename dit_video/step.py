@@ -192,7 +192,10 @@ def make_run(config, mesh=None) -> Run:
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old[1], params)
             return params, ema, opt_state
 
-        old = (state.params, state.ema, state.opt_state)
+        opt_state = state.opt_state
+        if config.optimizer.offload:  # it comes from the host, and goes back there by the step's out_shardings
+            opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
+        old = (state.params, state.ema, opt_state)
         params, ema, opt_state = jax.lax.cond(good, move, lambda old: old, old)
         bad = jnp.where(good, 0, state.bad_steps + 1)
         state = State(state.step + 1, params, ema, opt_state, bad, state.bad_total + ~good, state.frozen)

@@ -77,7 +77,7 @@ def train(config, workdir) -> State:
 
         # The state, in its shardings from the first moment.
         abstract = jax.eval_shape(run.init, key)
-        shardings = state_shardings(abstract, mesh)
+        shardings = state_shardings(abstract, mesh, config.optimizer.offload)
         abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         restored = checkpoints.restore(abstract)
         if restored is not None:

@@ -10,6 +10,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_trainer import TINY, Tiny, assert_close, awake, first_batches, tiny
 
+from configs import dit
 from dit_video import generate
 from dit_video.flow import named_key
 from dit_video.metrics import read_metrics
-from dit_video.sharding import ROWS, global_batch, make_mesh, state_shardings
+from dit_video.model import block_parameters
+from dit_video.sharding import HOST, ROWS, global_batch, make_mesh, require_host_memory, state_shardings
 from dit_video.step import make_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -130,10 +133,75 @@ def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
     assert int(after.step) == 1 and jnp.isfinite(after.params["dit"]["patch"]).all()
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_state_is_made_in_its_shardings(kind):
+    """The program that makes it holds a device's share alone: no device, and no host, ever has the whole model."""
+    config = tiny(FOUR_HEADS | {"optimizer.kind": kind, "optimizer.offload": True, "model.width": 128})
+    config.mesh = mesh_config(1, 2, 2, 2)
+    mesh = make_mesh(config.mesh)
+    run, key = make_run(config, mesh), jax.random.key(0)
+    abstract = jax.eval_shape(run.init, key)
+    shardings = state_shardings(abstract, mesh, config.optimizer.offload)
+    made = jax.jit(run.init, out_shardings=shardings).lower(key).compile().memory_analysis()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    assert made.output_size_in_bytes + made.temp_size_in_bytes < 0.5 * whole
+
+
+def test_every_parameter_of_every_config_has_a_rule():
+    """Those of the image knob and of each text encoder too; one without a rule is refused by name."""
+    mesh = mesh_of(1, 2, 2, 2)
+    for config in (tiny(), tiny({"model.image_width": 16, "model.qk_norm": "width"}), dit.get_config("S/8")):
+        run = make_run(config)
+        shapes = {name: shape for name, (_, shape, _) in block_parameters(run.model).items()}
+        state_shardings({"dit": {f"block_{k}": jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}}, mesh)
+        if not config.model.image_width:
+            state_shardings(jax.eval_shape(run.init, jax.random.key(0)), mesh)
+    with pytest.raises(ValueError, match="parameter 'adapter' .* has no rule"):
+        state_shardings({"dit": {"adapter": jnp.zeros((2, 2))}}, mesh)
+
+
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 2), (3, 1), (-1, 3), (-1, 0)])
 def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
     with pytest.raises(ValueError, match=rf"mesh.data={data} x mesh.fsdp={fsdp} x .* do not make the 8 devices"):
         mesh_of(data, fsdp)
+
+
+@pytest.mark.parametrize(
+    ("layout", "overrides", "message"),
+    [
+        ((8,), {"data.rows": 4}, "data.rows=4 do not split into optimizer.accumulate=1 parts over 8 devices"),
+        ((1, 1, 1, 8), {"data.length": 100}, "data.length=100 must be a multiple of mesh.sequence=8"),
+        ((1, 1, 8), {}, "model.heads=4 must be a multiple of mesh.tensor=8"),
+        ((1, 1, 1, 8, "all_to_all"), {}, "model.heads=4 over mesh.tensor=1 do not divide by it. Use 'ring'"),
+        ((8, 1, 1, 1, "gossip"), {}, "mesh.exchange='gossip' is not known"),
+    ],
+)
+def test_what_does_not_divide_is_refused(layout, overrides, message):
+    config = tiny(FOUR_HEADS | overrides)
+    config.mesh = mesh_config(*layout)
+    with pytest.raises(ValueError, match=message):
+        make_run(config, make_mesh(config.mesh))
+
+
+def test_the_optimizer_offloaded_gives_the_same_step(alone, two_steps):
+    """Its arrays come from the host's memory and return there."""
+    config = tiny(FOUR_HEADS | {"optimizer.offload": True})
+    config.mesh = mesh_config(1, 8)
+    mesh = make_mesh(config.mesh)
+    shardings = state_shardings(jax.eval_shape(lambda: alone.state), mesh, offload=True)
+    step = jax.jit(make_run(config, mesh).step, out_shardings=(shardings, None), donate_argnums=0)
+    copied = jax.device_put(jax.tree.map(jnp.copy, alone.state), shardings)
+    state, metrics = step(copied, global_batch(alone.batches[0], mesh), alone.key)
+    assert_close(metrics, two_steps[0][1], 1e-5)
+    assert_close(gradients(state), gradients(two_steps[0][0]), 1e-5)
+    kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+    assert kinds(state.opt_state) == {HOST} and kinds(state.params) == {"device"}
+
+
+def test_offload_without_host_memory_is_refused():
+    device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: [])
+    with pytest.raises(ValueError, match="optimizer.offload=True needs pinned_host memory; toaster devices have"):
+        require_host_memory(device)
 
 
 PROCESS = """
