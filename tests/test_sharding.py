@@ -24,9 +24,9 @@ from configs import dit
 from dit_video import generate
 from dit_video.flow import named_key
 from dit_video.metrics import read_metrics
-from dit_video.model import block_parameters
+from dit_video.patches import Cond
 from dit_video.sharding import HOST, ROWS, global_batch, make_mesh, require_host_memory, state_shardings
-from dit_video.step import make_run
+from dit_video.step import abstract_batch, make_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -147,15 +147,16 @@ def test_a_state_is_made_in_its_shardings(kind):
     assert made.output_size_in_bytes + made.temp_size_in_bytes < 0.5 * whole
 
 
-def test_every_parameter_of_every_config_has_a_rule():
-    """Those of the image knob and of each text encoder too; one without a rule is refused by name."""
-    mesh = mesh_of(1, 2, 2, 2)
-    for config in (tiny(), tiny({"model.image_width": 16, "model.qk_norm": "width"}), dit.get_config("S/8")):
-        run = make_run(config)
-        shapes = {name: shape for name, (_, shape, _) in block_parameters(run.model).items()}
-        state_shardings({"dit": {f"block_{k}": jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}}, mesh)
-        if not config.model.image_width:
-            state_shardings(jax.eval_shape(run.init, jax.random.key(0)), mesh)
+def test_every_parameter_has_a_rule():
+    """Of the image knob and of text encoders too; one without a rule is refused by name."""
+    mesh, key = mesh_of(1, 2, 2, 2), jax.random.key(0)
+    for config in (tiny(), dit.get_config("S/8")):
+        state_shardings(jax.eval_shape(make_run(config).init, key), mesh)
+    run = make_run(tiny({"model.image_width": 16, "model.qk_norm": "width"}))
+    batch = abstract_batch(run.config, run.model, run.text)
+    tokens = lambda width: jax.ShapeDtypeStruct((*batch.prompt_BxS.shape, width), jnp.float32)
+    cond = Cond(tokens(run.model.text_width), batch.prompt_BxS, tokens(16), batch.prompt_BxS)
+    state_shardings({"dit": jax.eval_shape(run.model.init, key, batch.patches, cond)["params"]}, mesh)
     with pytest.raises(ValueError, match="parameter 'adapter' .* has no rule"):
         state_shardings({"dit": {"adapter": jnp.zeros((2, 2))}}, mesh)
 
