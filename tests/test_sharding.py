@@ -240,22 +240,25 @@ def train_in_processes(count, workdir, **overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_two_processes_train_as_one(tmp_path, fsdp):
-    """The losses of one process on the same global batch, line for line, and the same weights at the end (1e-4)."""
+@pytest.mark.parametrize(("count", "mesh"), [(2, {}), (2, {"mesh.fsdp": 2}), (4, {"mesh.fsdp": 2, "mesh.sequence": 2})])
+def test_processes_train_as_one(tmp_path, count, mesh):
+    """The losses of one process on the same global batch, line for line, and the same weights at the end (1e-4).
+
+    Each reads its own shards of the data alone; where a row is cut, the processes that share it read the same.
+    """
     rest = {"optimizer.kind": "adamw", "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 2}
     wanted = train_in_processes(1, tmp_path / "one", **rest)
-    lines = train_in_processes(2, tmp_path / "two", **rest, **{"mesh.fsdp": fsdp})
+    lines = train_in_processes(count, tmp_path / "more", **rest, **mesh)
     same = lambda name: name.startswith(("loss", "validation", "gradient_norm", "clips", "patch_fill", "text_fill"))
     assert len(lines) == len(wanted) == 6
     for line, want in zip(lines, wanted, strict=True):
         assert line["step"] == want["step"] and line.keys() == want.keys()
         for name in filter(same, want):
             np.testing.assert_allclose(line[name], want[name], rtol=1e-4, err_msg=f"{name} at step {want['step']}")
-    # The checkpoint, gathered from both, and the file of weights are there for anyone to sample from.
-    one, two = (generate.load(tmp_path / name) for name in ("one", "two"))
-    assert_close(two.params, one.params, 1e-4)
-    assert_close(generate.load(tmp_path / "two" / "weights.safetensors").params, two.params, 1e-2)
-    # And the run of two goes on as one.
-    lines = train_in_processes(1, tmp_path / "two", **rest | {"steps": 5})
+    # The checkpoint, gathered from all, and the file of weights are there for anyone to sample from.
+    one, more = (generate.load(tmp_path / name) for name in ("one", "more"))
+    assert_close(more.params, one.params, 1e-4)
+    assert_close(generate.load(tmp_path / "more" / "weights.safetensors").params, more.params, 1e-2)
+    # And the run of several goes on as one.
+    lines = train_in_processes(1, tmp_path / "more", **rest | {"steps": 5})
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
