@@ -24,7 +24,7 @@ EXCHANGES = ("ring", "all_to_all")
 HOST = "pinned_host"
 
 # A parameter's name -> what its axes lie along. The first that matches holds. Where an axis of the mesh does not
-# divide an axis of an array, the array is left whole along it.
+# divide an axis of an array, the array is left whole along it. Vectors and scalars are copied.
 RULES = {
     # The blocks, [L, in, out] (Shoeybi et al. 2019, sec. 3): into heads and F, out of them, and their biases [L, out].
     r"block_((text_|image_)?[qkv]|mlp_in|mod)": PartitionSpec(None, SHARE, "tensor"),
@@ -34,8 +34,8 @@ RULES = {
     r"last": PartitionSpec(ALL, None),
     r"(patch|position|mod|last_mod)|(level|image|text)_(in|out)|text_pool": PartitionSpec(None, ALL),
     r"kernel|embedding|table": PartitionSpec(None, ALL),
-    # Vectors.
-    r"\w+_(bias|gain|norm|table)|null": PartitionSpec(),
+    # The blocks' other vectors, [L, out].
+    r"block_\w+_(bias|gain|norm|table)": PartitionSpec(),
 }
 
 
@@ -126,8 +126,7 @@ def state_shardings(abstract, mesh: Mesh, offload: bool = False):
     def rule(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         host = offload and leaf.ndim and getattr(path[0], "name", "") == "opt_state"
-        # What is no parameter's, as Muon's coefficients, stands under the optimizer's name alone.
-        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim and len(names) > 1 else PartitionSpec()
+        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim > 1 else PartitionSpec()
         return NamedSharding(mesh, spec, memory_kind=HOST if host else None)
 
     return jax.tree_util.tree_map_with_path(rule, abstract)
