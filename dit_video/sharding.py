@@ -34,6 +34,9 @@ RULES = {
     r"last": PartitionSpec(ALL, None),
     r"(patch|position|mod|last_mod)|(level|image|text)_(in|out)|text_pool": PartitionSpec(None, ALL),
     r"kernel|embedding|table": PartitionSpec(None, ALL),
+    # Low-rank factors of the blocks' matrices, [L, in, r] and [L, r, out].
+    r"a": PartitionSpec(None, SHARE, None),
+    r"b": PartitionSpec(None, None, SHARE),
     # The blocks' other vectors, [L, out].
     r"block_\w+_(bias|gain|norm|table)": PartitionSpec(),
 }

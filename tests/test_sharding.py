@@ -150,7 +150,7 @@ def test_a_state_is_made_in_its_shardings(kind):
 def test_every_parameter_has_a_rule():
     """Of the image knob and of text encoders too; one without a rule is refused by name."""
     mesh, key = mesh_of(1, 2, 2, 2), jax.random.key(0)
-    for config in (tiny(), dit.get_config("S/8")):
+    for config in (tiny(), tiny({"lora.rank": 2}), dit.get_config("S/8")):
         state_shardings(jax.eval_shape(make_run(config).init, key), mesh)
     run = make_run(tiny({"model.image_width": 16, "model.qk_norm": "width"}))
     batch = abstract_batch(run.config, run.model, run.text)
