@@ -109,6 +109,7 @@ def test_nothing_needs_another_framework():
 
 # Where other transformers live, none of which is told a level: text encoders, autoencoders, networks of metrics.
 OTHERS = {"text", "codecs", "evaluation"}
+ITSELF = {"attention", "sequence"}  # where attention is computed, on one device and across several
 BLOCK = "model.block"
 ATTENTION = {"attend", "softmax", "dot_product_attention", "MultiHeadDotProductAttention", "SelfAttention"}
 
@@ -128,7 +129,7 @@ def diffusion_blocks(module: str, source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ATTENTION & (names := identifiers(node)):
             has = lambda part, names=names: any(part in name.lower() for name in names)
             modulates = has("modulat") or has("adaln") or (has("shift") and has("gate"))
-            if module != "attention" and (module not in OTHERS or modulates):
+            if module not in ITSELF and (module not in OTHERS or modulates):
                 found.append(f"{module}.{node.name}")
     return found
 
