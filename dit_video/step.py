@@ -14,7 +14,7 @@ from dit_video.codecs import make_codec
 from dit_video.flow import BUCKETS, corrupt, draw_levels, loss_sums, named_key, patch_noise, per_patch
 from dit_video.model import block_parameters, make_model
 from dit_video.patches import Batch, Cond, Patches
-from dit_video.sharding import check_layout
+from dit_video.sharding import along, check_layout
 from dit_video.text import make_text
 from dit_video.weights import lora
 from dit_video.weights.diffusion import make_velocity
@@ -145,7 +145,8 @@ def make_run(config, mesh=None) -> Run:
         level_BxN = per_patch(patches.level_BxG, patches)
         z_BxNxP, target_BxNxP = corrupt(noise_BxNxP, clean_BxNxP, level_BxN)
         ids, prompt_BxS = text.drop(batch.ids_BxSxK, batch.prompt_BxS, drop_BxS)
-        cond = Cond(text.module.apply({"params": params["text"]}, ids, prompt_BxS), prompt_BxS)
+        text_params = jax.tree.map(lambda w: along(mesh, w), params["text"])  # small: gathered as one
+        cond = Cond(text.module.apply({"params": text_params}, ids, prompt_BxS), prompt_BxS)
         v_BxNxP = velocity(params["dit"], dataclasses.replace(patches, x_BxNxP=z_BxNxP), cond)
         weight_BxN = jnp.where(patches.seg_BxN != 0, per_patch(weight_BxG, patches), 0)
         return loss_sums(v_BxNxP, target_BxNxP, weight_BxN, level_BxN)
