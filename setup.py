@@ -42,6 +42,8 @@ setuptools.setup(
         "published": ["sentencepiece>=0.2", "tokenizers>=0.20"],
         "test": [
             "huggingface_hub>=0.30",
+            "ipython>=8",
+            "matplotlib>=3.9",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.9",

@@ -38,6 +38,10 @@ def get_config() -> ml_collections.ConfigDict:
     data.workers = 0  # decoding processes beside the training process; 0 = threads of it
     data.pair_share = 0.5  # shapes: clips with two objects
     data.still_share = 0.2  # shapes: clips of one frame
+    # Shares, least and most, of a clip's patches that training leaves out before packing; each clip draws its own
+    # between them. A row then holds more clips: raise data.text_length and data.groups with it.
+    data.drop = (0.0, 0.0)
+    data.whole = 0.1  # with data.drop: share of the steps, at the end, that leave nothing out
     data.max_tokens = 128  # patches of the longest clip; attention uses it as its span
     data.fps = (8.0, 12.0)  # clips: frame rates that a window may be read at
     data.max_frames = 13  # clips: frames of the longest window
@@ -92,6 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
     # each layer's input alone, D values of a patch.
     model.remat = "dots"
     model.unroll = 1  # layers unrolled in the scan over layers
+    model.window = 0  # latent frames, its own among them, that a frame of a causal clip sees; 0 = no clip is causal
 
     config.lora = lora = ml_collections.ConfigDict()
     lora.rank = 0  # of the low-rank factors that are trained in place of all weights; 0 = all weights are trained
@@ -106,6 +111,7 @@ def get_config() -> ml_collections.ConfigDict:
     flow.shift_tokens = 0.0  # levels shift by sqrt(clip's patches / this); 0 = no shift
     flow.weight_floor = 0.0  # levels below it weigh (level / floor)^2: the error of x weighs at most 1 / floor^2
     flow.light = 0.2  # highest level of what is known but lightly noised
+    flow.causal_share = 0.0  # share of the videos that train frame-causally, a few first frames clean; rest: mixture
     flow.mixture = mixture = ml_collections.ConfigDict()  # shares of the videos; the rest trains at one level per clip
     mixture.first = 0.1  # the first latent frame is known: clean, and of no weight
     mixture.prefix = 0.0  # the first few latent frames are

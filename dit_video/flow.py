@@ -65,6 +65,8 @@ def draw_levels(key, patches: Patches, config):
     sqrt(patches of the clip / shift_tokens); 0 = no shift. Groups must be latent frames (or clips: then nothing is
     known). A clip with a box needs two levels within a frame and no more than two in all, so that its patches move to
     its first group (known) and its second (not), of those that it has. Raises ValueError for shares that are none.
+    A share of the videos, `config.causal_share`, is frame-causal instead: block_BxN says so, the first 0 ... T - 1
+    latent frames are known, and each other has a level of its own, as in a roll-out frame by frame.
     """
     shares = [config.mixture[kind] for kind in KINDS]
     if min(shares) < 0 or sum(shares) > 1 + 1e-6:
@@ -87,6 +89,13 @@ def draw_levels(key, patches: Patches, config):
     count_BxG = same_BxGxG.sum(-1)  # latent frames of the clip
     kind_BxG = jnp.searchsorted(jnp.cumsum(jnp.array(shares)), coin_BxG, side="right")
     kind_BxG = jnp.where(count_BxG > 1, kind_BxG, len(KINDS))
+    if config.causal_share:
+        coin_BxGx2 = _causal_coins(key, patches)
+        causal_BxG = (coin_BxGx2[..., 0] < config.causal_share) & (count_BxG > 1)
+        kind_BxG = jnp.where(causal_BxG, len(KINDS), kind_BxG)
+        level_BxG = jnp.where(causal_BxG, own_BxG, level_BxG)
+        causal_BxN = jnp.take_along_axis(causal_BxG, patches.group_BxN, 1) & (patches.seg_BxN != 0)
+        patches = dataclasses.replace(patches, block_BxN=jnp.where(causal_BxN, patches.frame_BxN + 1, 0))
     if config.mixture.forcing:
         level_BxG = jnp.where(kind_BxG == KINDS.index("forcing"), own_BxG, level_BxG)
     if config.shift_tokens:
@@ -97,6 +106,8 @@ def draw_levels(key, patches: Patches, config):
     # Of kinds without a share nothing is traced: what would be drawn for them costs nothing.
     drawn = [i for i, share in enumerate(shares) if share]
     known_BxG = _known_frames(drawn, kind_BxG, frame_BxG, count_BxG, u_BxGxj) | (seg_BxG == 0)
+    if config.causal_share:
+        known_BxG |= causal_BxG & (frame_BxG < jnp.floor(coin_BxGx2[..., 1] * count_BxG))
     least_BxG = jnp.zeros_like(level_BxG)
     if config.mixture.light:
         least_BxG = jnp.where(kind_BxG == KINDS.index("light"), config.light * u_BxGxj[..., 8], 0)
@@ -105,6 +116,12 @@ def draw_levels(key, patches: Patches, config):
     floor = max(config.weight_floor, 1e-6)
     weight_BxG = jnp.square(jnp.minimum(level_BxG / floor, 1.0)) if config.weight_floor else jnp.ones_like(level_BxG)
     return dataclasses.replace(patches, level_BxG=level_BxG), jnp.where(known_BxG, 0.0, weight_BxG)
+
+
+def _causal_coins(key, patches: Patches):
+    """Two draws of each group's clip, by its name: whether it is causal, and how much of it is known."""
+    key = named_key(key, "causal")
+    return jax.vmap(jax.vmap(lambda uid: jax.random.uniform(jax.random.fold_in(key, uid), (2,))))(patches.clip_BxG)
 
 
 def _known_frames(drawn, kind_BxG, frame_BxG, count_BxG, u_BxGxj):

@@ -20,7 +20,7 @@ from configs import base
 from dit_video import checkpoint
 from dit_video.codecs import make_codec, to_uint8
 from dit_video.flow import patch_noise
-from dit_video.model import make_model
+from dit_video.model import empty_cache, make_model
 from dit_video.patches import Cond, choose, pack, unpack
 from dit_video.sampling import guided, recalled, uniform_levels
 from dit_video.sampling import sample as integrate
@@ -32,10 +32,12 @@ from dit_video.tasks import (
     Task,
     advance,
     finish,
+    latent_frame,
     loop,
     prompts_of,
     roll,
     rollout_latents,
+    start_causal,
     start_rollout,
     task_of,
     text_to_video,
@@ -139,14 +141,19 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     scale = [how.guidance if r.guidance is None else r.guidance for r in requests]
 
     def solve(tasks: dict[int, Task]) -> dict[int, np.ndarray]:
-        latents = _pack_and_solve([*tasks.values()], [scale[i] for i in tasks], trained, how, mesh) if tasks else []
+        if not tasks:
+            return {}
+        latents, _ = _pack_and_solve([*tasks.values()], [scale[i] for i in tasks], trained, how, mesh)
         return dict(zip(tasks, latents))
 
     kinds = [task_of(request) for request in requests]
     unmade = [i for i, kind in enumerate(kinds) if kind == "loop" and not requests[i].videos]
-    tasks, rolled = {}, {}
+    tasks, rolled, causal = {}, {}, {}
     for i, request in enumerate(requests):
-        if kinds[i] == "rollout":
+        if kinds[i] == "rollout" and request.causal:
+            _check_causal(trained.config, how)
+            causal[i] = start_causal(request, layout, level_K)
+        elif kinds[i] == "rollout":
             rolled[i] = start_rollout(request, layout)
         elif i in unmade:
             tasks[i] = text_to_video(request, layout, level_K)
@@ -163,6 +170,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
         words = "a request has %d patches, and the model was trained on clips of up to %d: smaller sizes are faster."
         logging.warning(words, most, trained_on)
 
+    trained = _placed(trained, mesh)
     done = lambda tasks: {
         i: finish(tasks[i], to_uint8(layout.codec.decode(latents_TxYxXxC)))
         for i, latents_TxYxXxC in solve(tasks).items()
@@ -170,6 +178,9 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     videos = done(tasks)
     videos |= done({i: loop(dataclasses.replace(requests[i], videos=(videos[i],)), layout, level_K) for i in unmade})
     videos |= _roll_out({i: requests[i] for i in rolled}, rolled, layout, level_K, how.steps, solve)
+    if causal:
+        own = [requests[i] for i in causal], [*causal.values()], layout, [scale[i] for i in causal]
+        videos |= dict(zip(causal, _roll_out_causally(*own, trained, how, mesh)))
     return [videos[i] for i in range(len(requests))]
 
 
@@ -181,7 +192,13 @@ def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) 
         raise ValueError(f"latents are left undecoded for tasks of text alone, and these are {others}.")
     tasks = [text_to_video(request, layout, level_K) for request in requests]
     scales = [how.guidance if r.guidance is None else r.guidance for r in requests]
-    return _pack_and_solve(tasks, scales, trained, how, mesh) if tasks else []
+    return _pack_and_solve(tasks, scales, _placed(trained, mesh), how, mesh)[0] if tasks else []
+
+
+def _placed(trained: Trained, mesh) -> Trained:
+    """The weights on every device, once: a roll-out asks for them again and again."""
+    everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return dataclasses.replace(trained, params=jax.device_put(trained.params, everywhere))
 
 
 def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):
@@ -215,8 +232,42 @@ def _roll_out(requests: dict, rolled: dict, layout: Layout, level_K, steps: int,
     return {i: np.concatenate(videos[i])[: requests[i].frames] for i in rolled}
 
 
-def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Trained, how, mesh) -> list[np.ndarray]:
-    """The tasks' latents_TxYxXxC, each guided by its scale: packs them in rows, and the rows in batches of one size."""
+def _check_causal(config, how) -> None:
+    """Raises ValueError for a model or settings that roll out by no cache."""
+    if not config.model.window:
+        raise ValueError(
+            "a causal roll-out needs a model that trained with a window, and this one has model.window=0. Train with "
+            "flow.causal_share and model.window, or leave causal out."
+        )
+    if how.history != 1:
+        raise ValueError(f"history={how.history} goes with no causal roll-out, whose past is cached as it is. Give 1.")
+    if not config.flow.causal_share:
+        logging.warning("the model trained with flow.causal_share=0: a causal roll-out is not what it learnt.")
+
+
+def _roll_out_causally(requests, starts, layout: Layout, scales, trained: Trained, how, mesh) -> list[np.ndarray]:
+    """Causal roll-outs in step with one another: one program, asked for the next latent frame of each again and again.
+
+    All that it sees of the past is a cache of the model's window, so that a frame's cost and the device's memory stay
+    the same however long the video is.
+    """
+    counts = [rollout_latents(request, layout)[2] for request in requests]
+    made, caches = [[] for _ in requests], []
+    for t in range(max(counts)):
+        tasks = [latent_frame(request, layout, start, t) for request, start in zip(requests, starts)]
+        frames, caches = _pack_and_solve(tasks, scales, trained, how, mesh, caches)
+        for latents, frame_1xYxXxC in zip(made, frames):
+            latents.append(frame_1xYxXxC)
+    whole = [np.concatenate(latents[:count]) for latents, count in zip(made, counts)]
+    return [to_uint8(layout.codec.decode(w))[: r.frames] for w, r in zip(whole, requests)]
+
+
+def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Trained, how, mesh, caches=None):
+    """The tasks' latents_TxYxXxC, each guided by its scale: packs them in rows, and the rows in batches of one size.
+
+    caches: of a causal roll-out, those of the batches after the frames before, [] at first. Returns the list of latents
+    and the caches after these.
+    """
     config = trained.config
     largest = max(task.grid.size for task in tasks)
     length = _round_up(max(largest, min(how.row, sum(t.grid.size for t in tasks))), 64)
@@ -240,16 +291,23 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
             grids[i] = dataclasses.replace(tasks[i].grid, row=b, offset=places[b][seg - 1][1])
 
     guide = bool((scale_BxG != 1).any())
+    if caches is not None:
+        block_BxN = np.where(batch.patches.seg_BxN != 0, batch.patches.frame_BxN + 1, 0).astype(np.int32)
+        batch = dataclasses.replace(batch, patches=dataclasses.replace(batch.patches, block_BxN=block_BxN))
+        model = make_model(config, make_codec(config.codec).channels)
+        # Both conditions of guidance have a past of their own.
+        caches = caches or [empty_cache(model, at_once * (1 + guide), length) for _ in range(0, len(rows), at_once)]
     run = _sampler(config.to_json(), how.solver, tuple(how.interval), guide, float(how.history), largest)
     put = lambda a, axis=0: a if mesh is None else jax.device_put(a, batch_sharding(mesh, axis))
-    everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.device_put(trained.params, everywhere)
-    done = []
-    for start in range(0, len(rows), at_once):
+    done, after = [], []
+    for i, start in enumerate(range(0, len(rows), at_once)):
         part = slice(start, start + at_once)
         some = jax.tree.map(lambda a, part=part: put(a[part]), batch)
-        done.append(np.asarray(run(params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]))))
-    return unpack(np.concatenate(done), [grids[i] for i in range(len(tasks))])
+        cache = caches[i] if caches else None
+        x_BxNxP, cache = run(trained.params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]), cache)
+        done.append(np.asarray(x_BxNxP))
+        after.append(cache)
+    return unpack(np.concatenate(done), [grids[i] for i in range(len(tasks))]), after
 
 
 def _rows(tasks, length: int) -> list[list[int]]:
@@ -269,22 +327,30 @@ def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide
     text = make_text(config.text)
     velocity = make_velocity(make_model(config, make_codec(config.codec).channels, span=span), config)
 
-    @jax.jit
-    def run(params, batch, level_KxBxG, scale_BxG):
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def run(params, batch, level_KxBxG, scale_BxG, cache):
         def encode(drop):
             ids, prompt = text.drop(batch.ids_BxSxK, batch.prompt_BxS, jnp.full(batch.prompt_BxS.shape, drop))
             return Cond(text.module.apply({"params": params["text"]}, ids, prompt), prompt)
 
         cond = encode(False)
-        conditioned = lambda patches, cond: velocity(params["dit"], patches, cond)
+        conditioned = lambda patches, cond: velocity(params["dit"], patches, cond, cache)[0]
         velocity_fn = functools.partial(conditioned, cond=cond)
         if guide:
-            velocity_fn = guided(conditioned, cond, encode(True), scale_BxG, interval)
+            uncond = encode(True)
+            velocity_fn = guided(conditioned, cond, uncond, scale_BxG, interval)
         if history != 1:
             known_BxG = (level_KxBxG == 0).all(0) & (batch.patches.seg_BxG != 0)
             noise_BxNxP = patch_noise(jax.random.key(0), batch.patches.uid_BxN, batch.patches.x_BxNxP.shape[-1])
             velocity_fn = recalled(velocity_fn, known_BxG, noise_BxNxP, history)
-        return integrate(velocity_fn, batch.patches, level_KxBxG, solver).x_BxNxP
+        patches = integrate(velocity_fn, batch.patches, level_KxBxG, solver)
+        x_BxNxP = patches.x_BxNxP
+        if cache is not None:  # what is clean now is run once more, for the frames to come to see
+            if guide:
+                twice = (patches, cond), (patches, uncond)
+                patches, cond = jax.tree.map(lambda *halves: jnp.concatenate(halves), *twice)
+            _, cache = velocity(params["dit"], patches, cond, cache)
+        return x_BxNxP, cache
 
     return run
 

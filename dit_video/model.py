@@ -1,9 +1,10 @@
 """The diffusion transformer: one class, few knobs, for DiT (Peebles and Xie 2023), SiT, Latte, Wan 2.x and our own.
 
 B rows, N patches per row, P values per patch, G groups per row, S text tokens per row, E text width, I image tokens,
-D model width, H heads, K head width, F width of the feed-forward, L layers.
+D model width, H heads, K head width, F width of the feed-forward, L layers, M cached patches per row.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,6 +19,47 @@ from dit_video.sequence import attend_across, attend_to_all
 from dit_video.sharding import ROWS, along, gathered
 
 POSITION_FEATURES, POSITION_PERIOD = 32, 100.0  # of each axis in position='both'
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What the next latent frames of frame-causal clips see of the ones before: their keys and values, oldest first.
+
+    k_LxBxMxHxK, v_LxBxMxHxK: of every layer. Keys are rotated by real coordinates, so they stay as they are.
+    tags: of each kind of attention, (segment_BxM, block_BxM) as `attend` takes them; segment 0 = nothing there yet.
+    """
+
+    k_LxBxMxHxK: jax.Array
+    v_LxBxMxHxK: jax.Array
+    tags: dict[str, tuple[jax.Array, jax.Array]]
+
+
+def empty_cache(m: "DiT", rows: int, length: int, frames: int = 1) -> Cache:
+    """The cache before a video's first latent frame, for calls of `rows` rows of `length` patches.
+
+    frames: latent frames of each clip in one call. It holds as many calls as the window reaches back. Raises
+    ValueError for a model without a window.
+    """
+    if not m.window:
+        raise ValueError(f"model.window={m.window} has no end: a cache needs one of 1 latent frame or more.")
+    M = -(-(m.window - 1) // frames) * length
+    kv = lambda: jnp.zeros((m.depth, rows, M, m.heads, m.width // m.heads), m.dtype)
+    zeros = lambda: jnp.zeros((rows, M), jnp.int32)
+    return Cache(kv(), kv(), {attended: (zeros(), zeros()) for attended in {"all", *m.attention_pattern}})
+
+
+def _append(cache: Cache, k_LxBxNxHxK, v_LxBxNxHxK, tags: dict) -> Cache:
+    """The cache with a call's patches at its end, and its oldest call's dropped."""
+    N = k_LxBxNxHxK.shape[2]
+    last = lambda old, new, axis: jax.lax.slice_in_dim(jnp.concatenate([old, new], axis), N, None, axis=axis)
+    # Attention within a frame has no use for the past, whose numbers of (clip, frame) might be another frame's now.
+    tags = tags | {"space": jax.tree.map(jnp.zeros_like, tags["space"])} if "space" in tags else tags
+    return Cache(
+        last(cache.k_LxBxMxHxK, k_LxBxNxHxK, 2),
+        last(cache.v_LxBxMxHxK, v_LxBxNxHxK, 2),
+        jax.tree.map(lambda old, new: last(old, new, 1), cache.tags, tags),
+    )
 
 
 class DiT(nn.Module):
@@ -39,6 +81,8 @@ class DiT(nn.Module):
     attention_pattern: what each layer of a period attends to: 'all', 'space' (its frame), 'time' (its place).
     pos_scale, pos_offset: index = pos * scale + offset, per axis (t, y, x).
     span: the longest clip's patches, if the caller promises one (see `attend`).
+    window: latent frames, its own among them, that a frame of a causal clip sees (patches.block_BxN); None = all
+        before it. With rope it alone tells a causal clip's times: it looks the same at any time of a long video.
     mesh, exchange: the devices that the arrays lie along, and how attention crosses the cuts of a row (`sequence.py`).
     """
 
@@ -72,8 +116,15 @@ class DiT(nn.Module):
     exchange: str = "ring"
 
     @nn.compact
-    def __call__(self, patches: Patches, cond: Cond | None):
-        """The network's raw output, out_BxNx(out_values); padding is zeroed on entry."""
+    def __call__(self, patches: Patches, cond: Cond | None, cache: Cache | None = None):
+        """The network's raw output, out_BxNx(out_values); padding is zeroed on entry.
+
+        cache: the clean frames before those of `patches`. Returns then (out, the cache with the keys and values of
+        `patches` appended), which is for the frames after them, if `patches` are clean. Raises ValueError for one on a
+        mesh.
+        """
+        if cache is not None and self.mesh is not None:
+            raise ValueError("a cache of the frames before goes with no mesh: its rows are whole. Leave out either.")
         D, dtype = self.width, self.dtype
         real_BxN = patches.seg_BxN != 0
         index_BxNx3 = patches.pos_BxNx3 * jnp.array(self.pos_scale) + jnp.array(self.pos_offset)
@@ -90,6 +141,9 @@ class DiT(nn.Module):
             angles = rope_angles(index_BxNx3, D // self.heads, self.rope_theta)
             rope = jnp.cos(angles), jnp.sin(angles)
         if self.position == "both":
+            if patches.block_BxN is not None:
+                t_BxN = jnp.where(patches.block_BxN > 0, self.pos_offset[0], index_BxNx3[..., 0])
+                index_BxNx3 = index_BxNx3.at[..., 0].set(t_BxN)
             waves_BxNxW = sinusoids(index_BxNx3, POSITION_FEATURES, POSITION_PERIOD).reshape(*real_BxN.shape, -1)
             h_BxNxD = h_BxNxD + _dense(self, "position", waves_BxNxW.shape[-1], D)(waves_BxNxW.astype(dtype))
 
@@ -120,7 +174,10 @@ class DiT(nn.Module):
             context["mod_BxGx6D"] = _dense(self, "mod", D, 6 * D, zero=True)(nn.silu(c_BxGxD))
         else:
             context["c_BxGxD"] = nn.silu(c_BxGxD)
-        h_BxNxD = self._blocks(h_BxNxD, context)
+        past = None
+        if cache is not None:
+            past, context["past_tags"] = (cache.k_LxBxMxHxK, cache.v_LxBxMxHxK), cache.tags
+        h_BxNxD, new = self._blocks(h_BxNxD, context, past)
 
         if self.modulation == "shared":
             table = self.param("last_table", nn.initializers.zeros, (2 * D,), jnp.float32)
@@ -129,24 +186,31 @@ class DiT(nn.Module):
             last_BxGx2D = _dense(self, "last_mod", D, 2 * D, zero=True)(nn.silu(c_BxGxD))
         shift, scale = jnp.split(spread(last_BxGx2D, patches.group_BxN), 2, -1)
         h_BxNxD = layer_norm(h_BxNxD) * (1 + scale) + shift
-        return _dense(self, "last", D, self.out_values, zero=True)(h_BxNxD)
+        out_BxNxO = _dense(self, "last", D, self.out_values, zero=True)(h_BxNxD)
+        return out_BxNxO if cache is None else (out_BxNxO, _append(cache, *new, context["tags"]))
 
-    def _blocks(self, h_BxNxD, context):
+    def _blocks(self, h_BxNxD, context, past):
         period = len(self.attention_pattern)
         if self.depth % period:
             raise ValueError(f"depth={self.depth} is not a multiple of the attention pattern's {period} layers.")
         weights = {name: self.param(f"block_{name}", *spec) for name, spec in block_parameters(self).items()}
-        weights = jax.tree.map(lambda w: w.reshape(self.depth // period, period, *w.shape[1:]), weights)
+        by_period = lambda w: w.reshape(self.depth // period, period, *w.shape[1:])
+        weights, past = jax.tree.map(by_period, (weights, past))
         first = jnp.arange(self.depth // period) == 0
 
         def layers(h, xs):
-            w, first = xs
+            w, first, past = xs
+            new = []
             for i, attended in enumerate(self.attention_pattern):
                 if "time_BxNxD" in context and i == self.attention_pattern.index("time"):
                     h = h + jnp.where(first, context["time_BxNxD"], 0)
                 used = {k: gathered(self.mesh, f"block_{k}", v[i].astype(self.dtype)) for k, v in w.items()}
-                h = along(self.mesh, block(self, used, h, context, attended), ROWS, "sequence")
-            return h, None
+                if past is None:
+                    h = along(self.mesh, block(self, used, h, context, attended), ROWS, "sequence")
+                else:
+                    h, kv = block(self, used, h, context, attended, jax.tree.map(lambda a, i=i: a[i], past))
+                    new.append(kv)
+            return h, jax.tree.map(lambda *a: jnp.stack(a), *new) if new else None
 
         if self.remat != "none":
             keep = jax.checkpoint_policies
@@ -155,19 +219,22 @@ class DiT(nn.Module):
             )
             policies = {"full": None, "dots": dots}
             layers = jax.checkpoint(layers, policy=policies[self.remat], prevent_cse=False)
-        return jax.lax.scan(layers, h_BxNxD, (weights, first), unroll=min(self.unroll, self.depth // period))[0]
+        unroll = min(self.unroll, self.depth // period)
+        h_BxNxD, new = jax.lax.scan(layers, h_BxNxD, (weights, first, past), unroll=unroll)
+        return h_BxNxD, jax.tree.map(lambda a: a.reshape(self.depth, *a.shape[2:]), new)
 
     def _tags(self, patches):
         seg, frame = patches.seg_BxN, patches.frame_BxN
+        causal = jnp.zeros_like(seg) if patches.block_BxN is None else patches.block_BxN
         # A clip's frame, or a clip's place, becomes a segment of its own by numbering the pairs within the row.
-        tags = {"all": (seg, jnp.zeros_like(seg))}
+        tags = {"all": (seg, causal)}
         if "space" in self.attention_pattern:
             tags["space"] = (jnp.where(seg > 0, seg * (frame.max() + 1) + frame, 0), jnp.zeros_like(seg))
         if "time" in self.attention_pattern:
             # Twice the centre, as patches of odd size have their centres at half pixels.
             y, x = jnp.round(2 * patches.pos_BxNx3[..., 1:]).astype(jnp.int32).transpose(2, 0, 1)
             place = (seg * (y.max() + 1) + y) * (x.max() + 1) + x
-            tags["time"] = (jnp.where(seg > 0, place, 0), jnp.zeros_like(seg))
+            tags["time"] = (jnp.where(seg > 0, place, 0), causal)
         return tags
 
     def _image(self, image_BxIxE):
@@ -218,8 +285,12 @@ def block_parameters(m: DiT) -> dict[str, tuple]:
     return out
 
 
-def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str):
-    """One block: modulated self-attention, cross-attention, modulated feed-forward (DiT, fig. 3; Wan 2.1, fig. 10)."""
+def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str, past=None):
+    """One block: modulated self-attention, cross-attention, modulated feed-forward (DiT, fig. 3; Wan 2.1, fig. 10).
+
+    past: this layer's cached keys and values, seen beside the patches' own. Returns h_BxNxD; given past, (h_BxNxD, the
+    patches' own keys and values).
+    """
     B, N, D = h_BxNxD.shape
     dense = lambda x, name: _product(m, x, w[name]) + w[f"{name}_bias"]
     heads = lambda x: x.reshape(B, -1, m.heads, D // m.heads)
@@ -241,13 +312,18 @@ def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str):
     q, k, v = normed(dense(x_BxNxD, "q"), "q_norm"), normed(dense(x_BxNxD, "k"), "k_norm"), heads(dense(x_BxNxD, "v"))
     if context["rope"] is not None:
         q, k = rotate(q, *context["rope"]), rotate(k, *context["rope"])
-    tag = context["tags"][attended]
+    tag, new = context["tags"][attended], (k, v)
     if m.mesh is None:
         attend_row, attend_text = attend, attend
     else:
         attend_row = functools.partial(attend_across, m.mesh, m.exchange)
         attend_text = functools.partial(attend_to_all, m.mesh)
-    o, _ = attend_row(q, k, v, tag, tag, window=m.window, span=m.span)
+    if past is None:
+        o, _ = attend_row(q, k, v, tag, tag, window=m.window, span=m.span)
+    else:
+        join = lambda old, new: jnp.concatenate([old, new], 1)
+        k_tag = jax.tree.map(join, context["past_tags"][attended], tag)
+        o, _ = attend(q, *map(join, past, new), tag, k_tag, window=m.window)
     h_BxNxD = h_BxNxD + gate1 * dense(o.reshape(B, N, D), "o")
 
     if m.text == "cross":
@@ -263,7 +339,8 @@ def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str):
         h_BxNxD = h_BxNxD + dense(o.reshape(B, N, D), "text_o")
 
     x_BxNxD = layer_norm(h_BxNxD) * (1 + scale2) + shift2
-    return h_BxNxD + gate2 * dense(nn.gelu(dense(x_BxNxD, "mlp_in")), "mlp_out")
+    h_BxNxD = h_BxNxD + gate2 * dense(nn.gelu(dense(x_BxNxD, "mlp_in")), "mlp_out")
+    return h_BxNxD if past is None else (h_BxNxD, new)
 
 
 def _dense(module, name, n_in, n_out, zero=False, normal=None):
@@ -348,7 +425,7 @@ def macs(m: DiT, clip_lengths, text_lengths=(), groups: int = 1) -> int:
     return L * layer + total
 
 
-def make_model(config, channels: int, span: int | None = None, window: int | None = None, mesh=None) -> DiT:
+def make_model(config, channels: int, span: int | None = None, mesh=None) -> DiT:
     """The DiT of `config.model` over a codec's channels; span: the longest clip's patches, promised by the packer.
 
     mesh: the devices that the rows' arrays lie along; None = attention needs no word of where they lie.
@@ -358,6 +435,16 @@ def make_model(config, channels: int, span: int | None = None, window: int | Non
         raise ValueError(f"model.width={m.width} does not split into model.heads={m.heads} heads of even width.")
     if m.position not in ("rope", "table", "both"):
         raise ValueError(f"model.position={m.position!r} is not known. Allowed: 'rope', 'table', 'both'.")
+    if m.window < 0 or (config.flow.causal_share and not m.window):
+        raise ValueError(
+            f"model.window={m.window} with flow.causal_share={config.flow.causal_share}: a causal clip's frames need a "
+            "window. Give 1 latent frame or more; 0 only where no clip is causal."
+        )
+    if config.flow.causal_share and config.data.group_by != "frame":
+        raise ValueError(
+            f"flow.causal_share={config.flow.causal_share} needs a level for each latent frame, and data.group_by="
+            f"{config.data.group_by!r}. Give 'frame'."
+        )
     if m.text == "pooled" and config.text.width != m.width:
         raise ValueError(f"text.width={config.text.width} must equal model.width={m.width} where text is pooled.")
     cells = int(np.prod(m.patch))
@@ -370,7 +457,7 @@ def make_model(config, channels: int, span: int | None = None, window: int | Non
         attention_pattern=tuple(m.attention_pattern),
         dtype=jnp.dtype(m.dtype),
         span=span,
-        window=window,
+        window=m.window or None,
         mesh=mesh,
         exchange=config.mesh.exchange,
         **{
@@ -382,12 +469,16 @@ def make_model(config, channels: int, span: int | None = None, window: int | Non
 
 
 def make_velocity(model: DiT, config):
-    """velocity(params_dit, patches, cond) -> v_BxNxP, float32: the model's only face, whatever it predicts."""
+    """velocity(params_dit, patches, cond, cache=None) -> v_BxNxP, cache: the model's only face, whatever it predicts.
 
-    def velocity(params, patches: Patches, cond: Cond | None):
-        out = model.apply({"params": params}, patches, cond).astype(jnp.float32)
-        out = split_output(out, patches.x_BxNxP.shape[-1], int(np.prod(config.model.patch)))[0]
+    v is float32. cache: see `empty_cache`; without one, None comes back.
+    """
+
+    def velocity(params, patches: Patches, cond: Cond | None, cache: Cache | None = None):
+        out = model.apply({"params": params}, patches, cond, cache)
+        out, cache = (out, None) if cache is None else out
+        out = split_output(out.astype(jnp.float32), patches.x_BxNxP.shape[-1], int(np.prod(config.model.patch)))[0]
         level_BxN = spread(patches.level_BxG[..., None], patches.group_BxN)[..., 0]
-        return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, config.model.s_min)
+        return to_velocity(out, patches.x_BxNxP, level_BxN, config.model.predict, config.model.s_min), cache
 
     return velocity

@@ -45,6 +45,8 @@ class Patches:
     level_BxG: float32, the group's noise level: 0 = clean, 1 = pure noise.
     seg_BxG: int32, the clip of a group; 0 = no group there.
     clip_BxG: uint32, the name of the group's clip: levels and text dropout hang on it.
+    block_BxN: int32, in frame-causal clips 1 + the index of the latent frame, which sees none after it, and 0 in
+    bidirectional ones; None = all are bidirectional.
     """
 
     x_BxNxP: jax.Array
@@ -57,6 +59,7 @@ class Patches:
     level_BxG: jax.Array
     seg_BxG: jax.Array
     clip_BxG: jax.Array
+    block_BxN: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -94,6 +97,7 @@ class Piece:
     """One clip laid out as patches, before it is packed: the fields of Patches without B, groups from 0. Host only.
 
     prompt_n, prompt_s: which of the clip's prompts, from 0, a patch sees and a text token is of; None = it has one.
+    groups: how many there are, where the last of them may have no patch left; 0 = one after the largest of group_n.
     """
 
     x_nxP: np.ndarray
@@ -105,11 +109,12 @@ class Piece:
     ids_sxK: np.ndarray
     prompt_n: np.ndarray | None = None
     prompt_s: np.ndarray | None = None
+    groups: int = 0
 
     @property
     def size(self) -> tuple[int, int, int]:
         """What the clip takes of a row: patches, text tokens, groups."""
-        return len(self.x_nxP), len(self.ids_sxK), int(self.group_n.max()) + 1
+        return len(self.x_nxP), len(self.ids_sxK), self.groups or int(self.group_n.max()) + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +191,26 @@ def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, group
         ids_sxK=ids_sxK,
     )
     return piece, grid
+
+
+def visible(noise_n, rate: float) -> np.ndarray:
+    """Which of n patches stay where a share of them, `rate`, is left out: indices in ascending order.
+
+    They are the int(n (1 - rate)) of least noise (random masking; He et al. 2022, sec. 3), but never none.
+    """
+    count = max(int(len(noise_n) * (1 - rate)), 1)
+    return np.sort(np.argsort(noise_n, kind="stable")[:count])
+
+
+def leave_out(piece: Piece, visible_k) -> Piece:
+    """The piece with the patches visible_k alone; all else about them is as in the full clip: names, places, groups.
+
+    A group of which no patch is left stays, so that the clip draws the levels that it would draw whole.
+    """
+    per_patch = ("x_nxP", "pos_nx3", "frame_n", "group_n", "uid_n", "prompt_n")
+    fields = {name: getattr(piece, name) for name in per_patch}
+    kept = {name: value[visible_k] for name, value in fields.items() if value is not None}
+    return dataclasses.replace(piece, groups=piece.size[2], **kept)
 
 
 @functools.lru_cache(maxsize=1024)

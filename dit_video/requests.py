@@ -26,7 +26,7 @@ FIELDS = {
     "edit": (("video",), ("strength", "mask", "size", "fps")),
     "interpolate": (("video",), ("factor", "fps", "strength", "size")),
     "timeline": (("prompt",), ("size", "frames", "fps")),
-    "rollout": ((), ("frames", "window", "context", "size", "fps")),
+    "rollout": ((), ("frames", "window", "context", "causal", "size", "fps")),
 }
 ALWAYS = ("task", "prompt", "seed", "num", "guidance")
 FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.8  # where nothing says otherwise
@@ -73,6 +73,9 @@ def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
             others = [other for other, names in FIELDS.items() if name in names[0] + names[1]]
             mend = f"it belongs to {', '.join(others)}" if others else f"allowed: {', '.join(ALWAYS + needed + more)}"
             raise ValueError(f"task={task} takes no {name}; {mend}.")
+    for name in ("window", "context"):
+        if fields.get("causal") and name in fields:
+            raise ValueError(f"a causal roll-out takes no {name}: it sees the window that its model trained with.")
     prompt, read_task = fields.get("prompt", ""), READERS.get(task, _read_video)
     if isinstance(prompt, str) == (task == "timeline"):
         raise ValueError(
@@ -174,10 +177,12 @@ def _numbers(request: Request, fields) -> Request:
     """The request with the fields that are plain numbers or words. Raises ValueError for another type."""
     kinds = {"frames": int, "fps": float, "new_frames": int, "context": int, "window": int, "strength": float}
     found = {}
-    for name, kind in (kinds | {"direction": str}).items():
+    for name, kind in (kinds | {"direction": str, "causal": bool}).items():
         if name in fields:
             value = fields[name]
-            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
+                kind is bool
+            ):
                 raise ValueError(f"{name}={value!r} is no {'number' if kind is float else kind.__name__}.")
             found[name] = kind(value)
     return dataclasses.replace(request, **found)

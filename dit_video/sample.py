@@ -35,6 +35,7 @@ CONTEXT = flags.DEFINE_integer("context", None, "Frames next to the new ones tha
 STRENGTH = flags.DEFINE_float("strength", None, "edit (0.6 by default), interpolate (0.8): the level to start from.")
 FACTOR = flags.DEFINE_float("factor", None, "interpolate: frames out per frame in; or give --fps.")
 WINDOW = flags.DEFINE_integer("window", None, "rollout: frames laid out at once, 13 by default.")
+CAUSAL = flags.DEFINE_bool("causal", None, "rollout: frame by frame, with a cache, by a model trained frame-causally.")
 NUM = flags.DEFINE_integer("num", 1, "Samples of each, with seeds seed, seed + 1, ...", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; by default the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; by default the config's. 1 = none.")
@@ -53,6 +54,7 @@ ONE = {
     "strength": STRENGTH,
     "factor": FACTOR,
     "window": WINDOW,
+    "causal": CAUSAL,
 }
 
 

@@ -147,7 +147,7 @@ def make_run(config, mesh=None) -> Run:
         ids, prompt_BxS = text.drop(batch.ids_BxSxK, batch.prompt_BxS, drop_BxS)
         text_params = jax.tree.map(lambda w: along(mesh, w), params["text"])  # small: gathered as one
         cond = Cond(text.module.apply({"params": text_params}, ids, prompt_BxS), prompt_BxS)
-        v_BxNxP = velocity(params["dit"], dataclasses.replace(patches, x_BxNxP=z_BxNxP), cond)
+        v_BxNxP, _ = velocity(params["dit"], dataclasses.replace(patches, x_BxNxP=z_BxNxP), cond)
         weight_BxN = jnp.where(patches.seg_BxN != 0, per_patch(weight_BxG, patches), 0)
         return loss_sums(v_BxNxP, target_BxNxP, weight_BxN, level_BxN)
 

@@ -16,7 +16,7 @@ from fractions import Fraction
 import numpy as np
 
 from dit_video.codecs import Pixels, check_frames, to_float
-from dit_video.patches import Grid, Piece, lay_out, patchify
+from dit_video.patches import Grid, Piece, lay_out, name, patchify
 
 MOST_PARTS = 16  # of a second's frames: frame rates change by fractions p / q with p, q up to this
 
@@ -33,7 +33,8 @@ class Request:
     frames on either side of the new ones the model may see; None = all (to loop and to roll out: the codec's stride
     + 1). mask_TxYxX: bool, True = make anew, of the video's frames or of one for all. strength: the level that what
     is edited starts from. factor: frames out per frame in. timeline: (seconds, prompt), the first at 0. window: frames
-    that a roll-out lays out at once.
+    that a roll-out lays out at once. causal: a roll-out makes one latent frame after the other, by a cache of those
+    before; context and window are not read, as the model's own window says what is seen.
     """
 
     prompt: str
@@ -54,6 +55,7 @@ class Request:
     factor: float = 2
     timeline: tuple[tuple[float, str], ...] = ()
     window: int = 13
+    causal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,11 +357,8 @@ class Window:
 
 def start_rollout(request: Request, layout: Layout) -> tuple[Task, Window]:
     """The layout that all chunks share, and the window before the first: noise alone."""
-    _check_size(request, layout)
-    _check_levels("a roll-out", layout)
+    _check_rollout(request, layout)
     st, context = layout.codec.stride[0], _context(request, layout)
-    if request.frames < 1:
-        raise ValueError(f"frames={request.frames}: a roll-out makes 1 frame at least.")
     if request.window != _legal(request.window, st) or rollout_latents(request, layout)[1] < 1:
         nearest = max(_legal(request.window, st), _legal(context + 1, st))
         raise ValueError(
@@ -411,6 +410,35 @@ def advance(request: Request, layout: Layout, window: Window, latents_TxYxXxC: n
     fresh_1xYxXxC = _latent_noise(request, layout, window.first + T)[None]
     moved_TxYxXxC = np.concatenate([picture_1xYxXxC, latents_TxYxXxC[2:], fresh_1xYxXxC])
     return Window(chunk, window.first + 1, moved_TxYxXxC), done
+
+
+def start_causal(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
+    """The layout of a causal roll-out's latent frames, one of which is made at a time: that of the first."""
+    _check_rollout(request, layout)
+    return _lay(request, layout, level_K, *_canvas(request, 1))
+
+
+def latent_frame(request: Request, layout: Layout, task: Task, t: int) -> Task:
+    """Latent frame t of a causal roll-out, as noise, where it lies in the long video; `task`: that of the first."""
+    x_nxP, _ = patchify(_latent_noise(request, layout, t)[None], layout.patch)
+    pos_nx3 = task.piece.pos_nx3.copy()
+    pos_nx3[:, 0] = t * layout.codec.stride[0] / request.fps
+    n = np.arange(len(x_nxP))
+    piece = dataclasses.replace(
+        task.piece,
+        x_nxP=x_nxP,
+        pos_nx3=pos_nx3,
+        frame_n=np.full_like(task.piece.frame_n, t),
+        uid_n=name(task.piece.clip, t * len(n) + n),
+    )
+    return dataclasses.replace(task, piece=piece)
+
+
+def _check_rollout(request, layout):
+    _check_size(request, layout)
+    _check_levels("a roll-out", layout)
+    if request.frames < 1:
+        raise ValueError(f"frames={request.frames}: a roll-out makes 1 frame at least.")
 
 
 def _latent_noise(request, layout, t):
@@ -468,9 +496,9 @@ def _check_levels(what, layout):
 
 
 def _check_new_frames(request):
-    for name, value in (("new_frames", request.new_frames), ("context", request.context)):
+    for what, value in (("new_frames", request.new_frames), ("context", request.context)):
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: give 1 frame at least.")
+            raise ValueError(f"{what}={value}: give 1 frame at least.")
 
 
 def _videos(request, layout, count, smaller=False):

@@ -115,6 +115,9 @@ def sample_here(*given):
         ),
         (["--task=timeline"], r"prompt='a' is not of the form 'SECONDS: prompt', such as '1.5: a red circle'"),
         (["--task=rollout", "--window=12"], r"window=12 must be 1 \+ 4k frames .*Nearest: 13"),
+        (["--task=rollout", "--causal", "--window=9"], r"a causal roll-out takes no window: it sees the window"),
+        (["--task=rollout", "--causal"], r"needs a model that trained with a window, and this one has model.window=0"),
+        (["--causal"], r"task=text takes no causal; it belongs to rollout"),
         (["--requests=r.jsonl"], r"--prompt goes with no --requests: write it in the lines of r.jsonl"),
         (["--workdir=runs/x"], r"give one of --workdir and --weights"),
         (["circle"], r"'circle' is no flag: put the whole prompt in quotes"),
@@ -199,6 +202,7 @@ def test_animated_picture_stays_the_first_frame(weights, tmp_path):
         ("--task=interpolate --video=a.mp4 --factor=4", [{"task": "interpolate", "video": "a.mp4", "factor": 4.0}]),
         ("--task=timeline --prompt=0:a --prompt=8:b", [{"task": "timeline", "prompt": ["0:a", "8:b"]}]),
         ("--task=rollout --frames=320 --seed=7", [{"task": "rollout", "frames": 320, "seed": 7}]),
+        ("--task=rollout --causal", [{"task": "rollout", "causal": True}]),
         (
             "--task=extend --video=a.mp4 --video=b.mp4 --prompt=p --fps=8 --fps=12",
             [{"task": "extend", "video": v, "prompt": "p", "fps": fps} for v, fps in (("a.mp4", 8.0), ("b.mp4", 12.0))],

@@ -617,7 +617,8 @@ def test_a_converted_model_gives_its_references_output(shared, tmp_path, name):
     batch, cond, _, grids = p.lay(z, io["y"])
     level_BxG = per_clip(level_B, batch.patches.level_BxG.shape)
     velocity = jax.jit(diffusion.make_velocity(make_model(trained.config, C), trained.config))
-    v = frames(velocity(p.params["dit"], dataclasses.replace(batch.patches, level_BxG=level_BxG), cond), grids)
+    v_BxNxP, _ = velocity(p.params["dit"], dataclasses.replace(batch.patches, level_BxG=level_BxG), cond)
+    v = frames(v_BxNxP, grids)
     ours = -v if name == "sit" else z + wide(1 - level_B) * v
     assert error(ours, theirs[:, :, :C]) < 1e-5
 

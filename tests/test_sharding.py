@@ -32,6 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 FOUR_HEADS = {"data.rows": 8, "model.heads": 4, "optimizer.kind": "adamw", "optimizer.warmup": 0}
+FOUR_HEADS |= {"flow.causal_share": 0.4, "model.window": 2}  # causal clips beside others, across the cuts of a row too
 
 
 def mesh_config(data, fsdp=1, tensor=1, sequence=1, exchange="ring"):

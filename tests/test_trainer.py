@@ -205,7 +205,7 @@ def test_packed_equals_alone(small):
     def look(batch):
         text_BxSxE = run.text.module.apply({"params": params["text"]}, batch.ids_BxSxK, batch.prompt_BxS)
         patches, _ = draw_levels(key, batch.patches, config.flow)
-        v_BxNxP = velocity(params["dit"], patches, Cond(text_BxSxE, batch.prompt_BxS))
+        v_BxNxP, _ = velocity(params["dit"], patches, Cond(text_BxSxE, batch.prompt_BxS))
         return v_BxNxP, run.sums(params, batch, key)
 
     v_1xNxP, (gradient, sums) = look(together)

@@ -20,11 +20,12 @@ from dit_video.codecs import Pixels, check_frames, to_float
 from dit_video.data.clips import ClipsSource
 from dit_video.data.decode import MediaError
 from dit_video.data.shapes import ShapesSource
-from dit_video.patches import Batch, Clip, Piece, choose, lay_out, pack
+from dit_video.patches import Batch, Clip, Piece, choose, lay_out, leave_out, pack, visible
 
 AHEAD = 2  # batches that a thread or worker holds ready
 VALIDATION_SEED = 2**31 - 1  # draws validation's clips and their order, whatever the run's seed
 HELD_OUT = 20  # one file in so many of a folder is for validation
+DROPPED = 0x64726F70  # the stream that what is left out is drawn from
 EMPTY_ROWS = 20  # rows one after the other without a readable clip, before the run stops
 
 
@@ -32,7 +33,8 @@ EMPTY_ROWS = 20  # rows one after the other without a readable clip, before the 
 class Plan:
     """All that decides what the rows hold. Worker processes get a pickle of it.
 
-    indices: the source's clips that an epoch goes through; rows: of one shard.
+    indices: the source's clips that an epoch goes through; rows: of one shard. drop: least and most share of a clip's
+    patches that is left out, in a shard's first `dropping` rows.
     """
 
     source: ShapesSource | ClipsSource
@@ -47,6 +49,8 @@ class Plan:
     limits: tuple[int, int, int]  # N, S, G
     longest: int  # patches of one clip
     waiting: int
+    drop: tuple[float, float] = (0.0, 0.0)
+    dropping: int = 0
 
     @functools.cached_property
     def order(self) -> grain.MapDataset:
@@ -58,13 +62,18 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Waiting:
-    """A clip that waits for its row. place: in its shard's order; size: patches, text tokens and groups."""
+    """A clip that waits for its row. place: in its shard's order; size: patches, text tokens and groups.
+
+    visible_k: which patches are not left out, and visible_size: it with these alone, while patches are left out.
+    """
 
     place: int
     index: int
     epoch: int
     ids_sxK: np.ndarray
     size: tuple[int, int, int]
+    visible_k: np.ndarray
+    visible_size: tuple[int, int, int]
 
 
 def make_source(config, split: str = "train", cache=None):
@@ -99,7 +108,8 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
     """An endless iterator over one process's Batches; those of all processes, in order, are the global batch.
 
     tokenise: caption -> ids_sxK. cache: see `make_source`. split: 'train', or 'validation', whose order is the same
-    for all seeds. Raises ValueError where rows, shards, processes and workers do not divide, or a clip fits no row.
+    for all seeds, and whose clips are whole. Raises ValueError where rows, shards, processes and workers do not divide,
+    where data.drop or data.whole are no shares, or a clip fits no row.
     """
     data = config.data
     for name, whole, by, part in (
@@ -108,6 +118,14 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
     ):
         if whole % part:
             raise ValueError(f"{name}={whole} must be a multiple of {by}={part}. Nearest: {-(-whole // part) * part}.")
+    low, high = data.drop
+    if not 0 <= low <= high < 1:
+        raise ValueError(
+            f"data.drop={tuple(data.drop)}: give the least and the most share, in order, from 0 to below 1."
+        )
+    if not 0 <= data.whole <= 1:
+        raise ValueError(f"data.whole={data.whole} is a share: give 0 to 1.")
+    steps = config.steps - int(data.whole * config.steps) if high and split == "train" else 0
     source = make_source(config, split, cache)
     plan = Plan(
         source=source,
@@ -122,6 +140,8 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
         limits=(data.length, data.text_length, data.groups),
         longest=data.max_tokens,
         waiting=data.waiting,
+        drop=(low, high),
+        dropping=steps * (data.rows // data.shards),
     )
     own = data.shards // process_count
     return Loader(plan, range(process_index * own, (process_index + 1) * own), data.workers)
@@ -168,7 +188,7 @@ class Loader:
                 f"Choose at most {len(shards)}, or more data.shards."
             )
         self._plan, self._shards, self._workers = plan, tuple(shards), workers
-        self._states = {str(v): {"place": 0, "waiting": [], "skipped": 0} for v in shards}
+        self._states = {str(v): {"place": 0, "waiting": [], "skipped": 0, "row": 0} for v in shards}
         self._parts = []
         # Clips that fit nowhere are found now, not hours later, as far as the start of the order can tell.
         for v in shards:
@@ -257,25 +277,37 @@ class RowsIterator(grain.DatasetIterator):
 
     def get_state(self):
         return {
-            str(s.number): {"place": s.place, "waiting": [w.place for w in s.waiting], "skipped": s.skipped}
+            str(s.number): {
+                "place": s.place,
+                "waiting": [w.place for w in s.waiting],
+                "skipped": s.skipped,
+                "row": s.row,
+            }
             for s in self._shards
         }
 
     def set_state(self, states):
+        # A state from before rows were counted is of a run that leaves nothing out, where the count is not read.
         self._shards = [
-            Shard(int(v), s["place"], [wait(self._plan, int(v), p) for p in s["waiting"]], s["skipped"])
+            Shard(
+                int(v), s["place"], [wait(self._plan, int(v), p) for p in s["waiting"]], s["skipped"], s.get("row", 0)
+            )
             for v, s in states.items()
         ]
 
 
 @dataclasses.dataclass
 class Shard:
-    """Where a shard stands. place: the next of its order; waiting: the clips before it that are in no row yet."""
+    """Where a shard stands.
+
+    place: the next of its order; waiting: the clips before it that are in no row yet; row: how many rows it has made.
+    """
 
     number: int
     place: int
     waiting: list[Waiting]
     skipped: int
+    row: int = 0
 
 
 def wait(plan: Plan, shard: int, place: int) -> Waiting:
@@ -305,7 +337,10 @@ def wait(plan: Plan, shard: int, place: int) -> Waiting:
     except ValueError as error:
         what = f"clip {index} ({width}x{height}, {frames} frames, {caption!r})"
         raise ValueError(f"{what} fits no row: {error}") from error
-    return Waiting(place, index, epoch, ids_sxK, (n, min(len(ids_sxK), S), g))
+    ids_size = min(len(ids_sxK), S)
+    visible_k = draw_visible(plan, index, epoch, n)
+    size, visible_size = (n, ids_size, g), (len(visible_k), ids_size, g)
+    return Waiting(place, index, epoch, ids_sxK, size, visible_k, visible_size)
 
 
 def take(plan: Plan, shard: Shard) -> list[Waiting]:
@@ -313,7 +348,8 @@ def take(plan: Plan, shard: Shard) -> list[Waiting]:
     while len(shard.waiting) < plan.waiting:
         shard.waiting.append(wait(plan, shard.number, shard.place))
         shard.place += 1
-    chosen = choose([w.size for w in shard.waiting], plan.limits)
+    sizes = [w.visible_size if shard.row < plan.dropping else w.size for w in shard.waiting]
+    chosen = choose(sizes, plan.limits)
     row = [shard.waiting[i] for i in chosen]
     left = set(range(len(shard.waiting))) - set(chosen)
     shard.waiting = [shard.waiting[i] for i in sorted(left)]
@@ -323,18 +359,19 @@ def take(plan: Plan, shard: Shard) -> list[Waiting]:
 def next_row(plan: Plan, shard: Shard) -> list[Piece]:
     """The pieces of a shard's next row; a clip that cannot be read leaves its places empty."""
     for _ in range(EMPTY_ROWS):
-        pieces = [read(plan, waiting) for waiting in take(plan, shard)]
+        pieces = [read(plan, waiting, shard.row < plan.dropping) for waiting in take(plan, shard)]
         row = [piece for piece in pieces if piece is not None]
         shard.skipped += len(pieces) - len(row)
         if row:
+            shard.row += 1
             return row
     raise ValueError(
         f"no clip of {EMPTY_ROWS} rows could be read; shard {shard.number} left out {shard.skipped} so far."
     )
 
 
-def read(plan: Plan, waiting: Waiting) -> Piece | None:
-    """The clip as a Piece; None, with a warning, where it cannot be read."""
+def read(plan: Plan, waiting: Waiting, dropping: bool) -> Piece | None:
+    """The clip as a Piece, some patches left out while `dropping`; None, with a warning, where it cannot be read."""
     try:
         clip = clip_of(plan.source, waiting.index, waiting.epoch)
     except MediaError as error:
@@ -348,7 +385,15 @@ def read(plan: Plan, waiting: Waiting) -> Piece | None:
     latents_TxYxXxC = plan.codec.encode(to_float(clip.video_TxYxXx3))
     # The last frame that a latent frame covers gives its time.
     piece, _ = lay_out(latents_TxYxXxC, clip.time_T[::st], plan.patch, stride_yx, ids_sxK[:S], clip.uid, plan.group_by)
-    return piece
+    return leave_out(piece, waiting.visible_k) if dropping else piece
+
+
+def draw_visible(plan: Plan, index: int, epoch: int, patches: int) -> np.ndarray:
+    """Which patches of a clip stay while some are left out, by (seed, epoch, index): ascending indices."""
+    rng = np.random.default_rng((plan.seed, epoch, index, DROPPED))
+    low, high = plan.drop
+    rate = low + (high - low) * rng.random()
+    return visible(rng.random(patches), rate)
 
 
 def layout(source, index: int, epoch: int) -> tuple[int, int, int, str]:

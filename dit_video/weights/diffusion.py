@@ -196,9 +196,11 @@ def make_velocity(model: DiT, config):
         return model_velocity(model, config)
     schedule, cells = linear_schedule(), int(np.prod(config.model.patch))
 
-    def velocity(params, patches: Patches, cond):
+    def velocity(params, patches: Patches, cond, cache=None):
+        if cache is not None:
+            raise ValueError("model.predict='ddpm' has no frame-causal mode: its levels are not those of a cache.")
         forward = lambda told: model.apply({"params": params}, told, cond).astype(jnp.float32)
-        return predictions(forward, schedule, cells)(patches)[0]
+        return predictions(forward, schedule, cells)(patches)[0], None
 
     return velocity
 

@@ -315,7 +315,8 @@ def sit_errors(golden_dir) -> dict[str, float]:
     p = published(golden_dir, "sit")
     io, out = p.io, {}
     config = of_size(sit_config.get_config("S/2"), p)
-    velocity = functools.partial(make_velocity(make_model(config, CHANNELS), config), p.params["dit"])
+    model_velocity = make_velocity(make_model(config, CHANNELS), config)
+    velocity = lambda patches, cond: model_velocity(p.params["dit"], patches, cond)[0]
     theirs_of = lambda v: -v  # x - e
 
     def laid(x, y, t):
