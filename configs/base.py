@@ -124,7 +124,10 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.mesh = mesh = ml_collections.ConfigDict()
     mesh.data = -1  # devices along 'data'; -1 = all that are left
-    mesh.fsdp = 1  # devices along 'fsdp', which shards the weights too
+    mesh.fsdp = 1  # devices along 'fsdp', which cuts parameters, averages and optimizer too: 16 bytes each by AdamW
+    mesh.tensor = 1  # devices along 'tensor': heads and the feed-forward's width, with their weights
+    mesh.sequence = 1  # devices along 'sequence': the patches of a row, and the weights as along fsdp
+    mesh.exchange = "ring"  # how attention crosses the cuts of a row: 'ring' or 'all_to_all' (heads must divide)
 
     config.log_every = 20  # steps between metrics
     config.eval_every = 1000  # steps between validation losses; 0 = never

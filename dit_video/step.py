@@ -14,6 +14,7 @@ from dit_video.codecs import make_codec
 from dit_video.flow import BUCKETS, corrupt, draw_levels, loss_sums, named_key, patch_noise, per_patch
 from dit_video.model import block_parameters, make_model, make_velocity
 from dit_video.patches import Batch, Cond, Patches
+from dit_video.sharding import check_layout
 from dit_video.text import make_text
 
 
@@ -96,10 +97,16 @@ class Run:
     evaluate: Any
 
 
-def make_run(config) -> Run:
-    """Builds what `train` jits. Raises ValueError for a config that cannot be run."""
+def make_run(config, mesh=None) -> Run:
+    """Builds what `train` jits. Raises ValueError for a config that cannot be run, or not on this mesh.
+
+    mesh: what the arrays will lie along (`sharding.py`); None = one device, or rows alone along devices.
+    """
+    if mesh is not None:
+        check_layout(config, mesh)
+        mesh = mesh if mesh.size > 1 else None
     codec, text = make_codec(config.codec), make_text(config.text)
-    model = make_model(config, codec.channels, span=config.data.max_tokens)
+    model = make_model(config, codec.channels, span=config.data.max_tokens, mesh=mesh)
     optimizer, velocity = make_optimizer(config, model), make_velocity(model, config)
     abstract = abstract_batch(config, model, text)
 

@@ -29,7 +29,7 @@ from dit_video.gallery import Sample, grow
 from dit_video.meter import Meter, by_level, count_compilations, global_counts, matmul_peak
 from dit_video.metrics import MetricsWriter, Progress
 from dit_video.patches import Batch
-from dit_video.sharding import batch_sharding, global_batch, make_mesh, state_shardings
+from dit_video.sharding import batch_shardings, global_batch, make_mesh, row_share, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
 from dit_video.tasks import Request
 
@@ -49,11 +49,6 @@ def check_config(config) -> None:
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1.")
-    rows, parts = config.data.rows, config.optimizer.accumulate
-    if parts < 1 or rows % parts or (rows // parts) % jax.device_count():
-        raise ValueError(
-            f"data.rows={rows} do not split into optimizer.accumulate={parts} parts over {jax.device_count()} devices."
-        )
     for name, value in (("text.dropout", config.text.dropout), ("optimizer.decay", config.optimizer.decay)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is a share: give 0 to 1.")
@@ -70,7 +65,8 @@ def train(config, workdir) -> State:
     # The config.
     check_config(config)
     workdir = epath.Path(workdir)
-    run, mesh, first = make_run(config), make_mesh(config.mesh), jax.process_index() == 0
+    mesh, first = make_mesh(config.mesh), jax.process_index() == 0
+    run = make_run(config, mesh)
     # On every device: the transfer guard forbids to bring it there step by step.
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
@@ -96,7 +92,7 @@ def train(config, workdir) -> State:
 
         # The data.
         scanned = workdir / "media_cache.jsonl"
-        share = (jax.process_index(), jax.process_count(), scanned)
+        share = (*row_share(mesh), scanned)
         loader = make_loader(config, run.text.tokenise, run.codec, "train", *share)
         if first and loader.report:
             _report_media(loader.report, workdir)
@@ -105,9 +101,11 @@ def train(config, workdir) -> State:
         held_out = _held_out(config, run, mesh, share) if config.eval_every else []
 
         # The step, compiled once: another shape would be an error, not a recompilation.
+        batch_shape = abstract_batch(config, run.model, run.text)
         batch_shape = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)),
-            abstract_batch(config, run.model, run.text),
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            batch_shape,
+            batch_shardings(batch_shape, mesh),
         )
         began = time.monotonic()
         step_fn = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, batch_shape, key)
@@ -143,7 +141,7 @@ def train(config, workdir) -> State:
 
             # The loop.
             local = next(loader)
-            batch, counts = global_batch(local, mesh), global_counts(fill(local), local)
+            batch, counts = global_batch(local, mesh), global_counts(fill(local), local, share[1])
             late = None
             for step in range(start + 1, config.steps + 1):
                 with jax.transfer_guard("disallow"):
@@ -151,7 +149,7 @@ def train(config, workdir) -> State:
                 loader_state, done = loader.get_state(), (step, metrics, counts)
                 if step < config.steps:
                     local = next(loader)
-                    batch, counts = global_batch(local, mesh), global_counts(fill(local), local)
+                    batch, counts = global_batch(local, mesh), global_counts(fill(local), local, share[1])
                 if late:
                     read(*late)
                 late = done

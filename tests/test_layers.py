@@ -10,7 +10,7 @@ PACKAGE = "dit_video"
 # From the bottom up; a new module takes its place here.
 LAYERS = (
     {"patches", "attention", "sharding", "checkpoint", "gallery", "launch"},
-    {"flow", "codecs", "text", "metrics"},
+    {"flow", "codecs", "text", "metrics", "sequence"},
     {"sampling"},
     {"model", "tasks", "data"},
     {"weights", "evaluation"},
