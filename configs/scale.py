@@ -9,18 +9,18 @@ What the plans say: experiments/scale/README.md.
 
 from configs import base
 
-# Depth, width, heads, width of the feed-forward, patches of the longest clip, patches per row, rows.
+# Depth, width, heads, width of the feed-forward; patches of the longest clip and of a row; rows, sequence.
 SIZES = {
     # Rows are a little longer than a clip: attention halves its blocks of queries as long as the length divides.
-    "wan-14B": (40, 5120, 40, 13824, 75_600, 76_288, 256),
-    "30B": (60, 6144, 48, 16384, 2**20, 2**20, 1024),
+    "wan-14B": (40, 5120, 40, 13824, 75_600, 75_776, 32, 8),
+    "30B": (60, 6144, 48, 16384, 2**20, 2**20, 16, 64),
 }
 
 
 def get_config(form="wan-14B"):
     config = base.get_config()
     config.name, d, m = f"scale-{form}", config.data, config.model
-    m.depth, m.width, m.heads, m.mlp_width, d.max_tokens, d.length, d.rows = SIZES[form]
+    m.depth, m.width, m.heads, m.mlp_width, d.max_tokens, d.length, d.rows, sequence = SIZES[form]
     d.kind, d.text_length, d.groups = "clips", 512, 96
     config.codec.kind, config.codec.stride, config.codec.channels = "latents", (4, 8, 8), 16
     config.text.kind, config.text.width = "embeddings", 4096
@@ -28,5 +28,5 @@ def get_config(form="wan-14B"):
     m.position, m.qk_norm, m.predict = "rope", "width", "v"
     m.dtype, m.remat = "bfloat16", "full"
     config.optimizer.lr, config.optimizer.weight_decay = 1e-4, 0.1
-    config.mesh.fsdp = d.rows
+    config.mesh.fsdp, config.mesh.sequence = d.rows, sequence
     return config

@@ -125,7 +125,8 @@ def state_shardings(abstract, mesh: Mesh, offload: bool = False):
     def rule(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         host = offload and leaf.ndim and getattr(path[0], "name", "") == "opt_state"
-        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim else PartitionSpec()
+        # What is no parameter's, as Muon's coefficients, stands under the optimizer's name alone.
+        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim and len(names) > 1 else PartitionSpec()
         return NamedSharding(mesh, spec, memory_kind="pinned_host" if host else None)
 
     return jax.tree_util.tree_map_with_path(rule, abstract)
