@@ -125,8 +125,9 @@ def state_shardings(abstract, mesh: Mesh, offload: bool = False):
     def rule(path, leaf):
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         host = offload and leaf.ndim and getattr(path[0], "name", "") == "opt_state"
-        # What is no parameter's, as Muon's coefficients, stands under the optimizer's name alone.
-        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim and len(names) > 1 else PartitionSpec()
+        # Muon's coefficients are no parameter's: the last name on their way is the optimizer's.
+        whole = leaf.ndim == 0 or names[-1] == "muon"
+        spec = PartitionSpec() if whole else _spec(names[-1], leaf.shape, mesh)
         return NamedSharding(mesh, spec, memory_kind="pinned_host" if host else None)
 
     return jax.tree_util.tree_map_with_path(rule, abstract)
