@@ -1,6 +1,7 @@
 """pip install -e .            trains and samples on CPU (or on whatever jax is already installed for)
 pip install -e '.[test]'      the tests as well
 pip install -e '.[gpu]'       jax with CUDA 12
+pip install -e '.[plan]'      the compiler for TPUs, to plan for a pod that is not there
 pip install -e '.[published]' tokenisers of published text encoders
 """
 
@@ -40,6 +41,7 @@ setuptools.setup(
         "published": ["sentencepiece>=0.2", "tokenizers>=0.20"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "sentencepiece>=0.2", "tokenizers>=0.20"],
         "gpu": ["jax[cuda12]>=0.10"],
+        "plan": ["jax[tpu]>=0.10"],
         "notebook": ["ipykernel", "matplotlib"],
     },
 )

@@ -1,4 +1,4 @@
-"""Shapes for a pod: to plan, and to start from. Latents and text embeddings are made beforehand.
+"""Shapes for a pod, to plan with: latents and text embeddings are taken to be made beforehand.
 
     python -m dit_video.plan --config=configs/scale.py:wan-14B --topology=v5p:4x8x8
     python -m dit_video.plan --config=configs/scale.py:30B --topology=v5p:8x8x16

@@ -179,7 +179,7 @@ def train(config, workdir) -> State:
 
 def abstract_state(run: Run, mesh) -> State:
     """The state's shapes, dtypes and shardings on a mesh."""
-    abstract = jax.eval_shape(run.init, jax.eval_shape(jax.random.key, 0))
+    abstract = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
     return jax.tree.map(_placed, abstract, state_shardings(abstract, mesh))
 
 
@@ -187,7 +187,7 @@ def trace_step(run: Run, mesh) -> jax.stages.Traced:
     """The step of `train` for a mesh, whose devices need not be there; nothing is allocated."""
     state, batch = abstract_state(run, mesh), abstract_batch(run.config, run.model, run.text)
     batch = jax.tree.map(_placed, batch, batch_shardings(batch, mesh))
-    key = _placed(jax.eval_shape(jax.random.key, 0), NamedSharding(mesh, PartitionSpec()))
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
     shardings = jax.tree.map(lambda a: a.sharding, state)
     return jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, batch, key)
 
