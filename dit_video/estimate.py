@@ -109,12 +109,15 @@ def products(run: Run, mesh) -> list[Product]:
     if m.text_pool:
         dense("text pool", G, E, D, inner=learned)
     if isinstance(run.text.module, WordEncoder):
-        w = run.text.module
+        w, first = run.text.module, len(out)
         dense("words", S, BYTES * w.byte_width, E)
         dense("words", S, 32, E, inner=False)
         dense("words", S, E, E, 4 * w.depth)
         dense("words", S, E, 4 * E, 2 * w.depth)
         attention("words", S, S, E, w.depth)
+        if m.text == "none":  # encoded all the same, but nothing comes back
+            forward = (1, 1, 4 * w.depth, 2 * w.depth, 2 * w.depth)
+            out[first:] = (dataclasses.replace(p, passes=n) for p, n in zip(out[first:], forward, strict=True))
     if config.optimizer.kind == "muon":
         for _, (layers, *shape), _ in (spec for spec in block_parameters(m).values() if len(spec[1]) == 3):
             small, large = sorted(shape)

@@ -9,6 +9,9 @@ import numpy as np
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 
+IOTA = r"\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
+MESH = rf"replica_groups=mesh\[(?P<axes>[^\]]*)\](?:, device_ids=\({IOTA}\))? \{{(?P<along>[^}}:]*)\}}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
@@ -112,19 +115,24 @@ def _groups(line: str, kind: str, slice_of) -> tuple[bool, int]:
         groups = np.array([[int(n) for n in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", found[1])])
     elif found := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", line):
         groups = np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])])
-    elif found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
-        groups = np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(shape)
-    elif found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}:]*)\}", line):
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-        along = [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", found[2])]
-        ids = np.arange(np.prod([int(n) for n in axes.values()])).reshape([int(n) for n in axes.values()])
-        size = int(np.prod([ids.shape[a] for a in along]))
-        groups = np.moveaxis(ids, along, range(-len(along), 0)).reshape(-1, size)
+    elif found := re.search(rf"replica_groups=\[(?P<shape>[\d,]+)\]<={IOTA}", line):
+        groups = _iota(found["dims"], found["order"]).reshape([int(n) for n in found["shape"].split(",")])
+    elif found := re.search(MESH, line):
+        axes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", found["axes"])}
+        along = [list(axes).index(axis) for axis in re.findall(r"'(\w+)'", found["along"])]
+        ids = _iota(found["dims"], found["order"]) if found["dims"] else np.arange(np.prod(list(axes.values())))
+        ids = np.moveaxis(ids.reshape(list(axes.values())), along, range(-len(along), 0))
+        groups = ids.reshape(-1, int(np.prod(ids.shape[-len(along) :])))
     else:
         raise ValueError(f"a collective's groups are written in a way that is not known: {line.strip()[:300]}")
     between = slice_of is not None and bool((slice_of[groups] != slice_of[groups[:, :1]]).any())
     return between, groups.shape[1]
+
+
+def _iota(dims: str, order: str | None):
+    """Devices 0, 1, 2, ... as an array of `dims`, its axes in another order."""
+    dims = [int(n) for n in dims.split(",")]
+    return np.arange(np.prod(dims)).reshape(dims).transpose([int(n) for n in order.split(",")] if order else None)
 
 
 def _trips(line: str, condition: str, bodies) -> int:

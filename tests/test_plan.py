@@ -10,7 +10,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -107,7 +106,7 @@ ENTRY %main (a: f32[8,4]) -> f32[2,4] {
   %w = (u32[], bf16[4,8]{1,0}, /*index=2*/f32[3]{0}) while(%t), condition=%cond, body=%body
   %f = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
 }
-"""
+"""  # noqa: E501
 
 
 def test_collectives_as_tpus_write_them():
