@@ -135,12 +135,13 @@ def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
 def _devices(asked: Topology, notes: list[str]):
     """The topology's devices, or as many of the host's with a note of why; and what they are."""
     if asked.kind in TPUS and importlib.util.find_spec("libtpu"):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a metadata server that is not there
+        # No metadata server is there to be asked, and no device to be kept for one process.
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         more = {"num_slices": asked.slices} if asked.slices > 1 else {}
         try:
             found = topologies.get_topology_desc(f"{asked.kind}:{asked.shape}", "tpu", **more)
         except jax.errors.JaxRuntimeError as error:
-            raise ValueError(f"--topology={asked.kind}:{asked.shape}: libtpu knows no such slice: {error}") from error
+            raise ValueError(f"--topology={asked.kind}:{asked.shape}: libtpu gives no such slice: {error}") from error
         return list(found.devices), "tpu"
     if asked.kind in TPUS:
         notes.append("libtpu is not installed (pip install 'dit_video[plan]'): compiled for devices of the host.")
