@@ -73,9 +73,10 @@ def products(run: Run, mesh) -> list[Product]:
         """Forward, the weight's gradient and, where what goes in has one, the input's."""
         out.append(Product(name, 1, B * tokens, k, n, layers * (2 + inner + remat)))
 
-    def attention(name, queries, keys, width, layers, remat=0):
+    def attention(name, queries, keys, width, heads, layers, remat=0):
         """Two products forward; backward the logits again and four gradients."""
-        out.append(Product(name, B, queries, width, keys, layers * (7 + 2 * remat), weight=False))
+        passes = layers * (7 + 2 * remat)
+        out.append(Product(name, B * heads, queries, width // heads, keys, passes, weight=False))
 
     dense("patch", N, m.patch_values, D, inner=False)
     dense("last", N, D, m.out_values)
@@ -93,7 +94,7 @@ def products(run: Run, mesh) -> list[Product]:
     out.append(Product("loss by level", 1, BUCKETS, B * N, 1, 2, weight=False))
     for name in ("q", "k", "v", "o"):
         dense(name, N, D, D, L, remat=again[0])
-    attention("attention", N, keys_per_query(m, N, mesh), D, L, again[1])
+    attention("attention", N, keys_per_query(m, N, mesh), D, m.heads, L, again[1])
     dense("feed-forward", N, D, F, L, remat=again[0])
     dense("feed-forward", N, F, D, L, remat=again[0])
     if m.text == "cross":
@@ -103,7 +104,7 @@ def products(run: Run, mesh) -> list[Product]:
             dense(name, N, D, D, L, remat=again[0])
         for name in ("text k", "text v"):
             dense(name, S, D, D, L, remat=again[0])
-        attention("text attention", N, S, D, L, again[1])
+        attention("text attention", N, S, D, m.heads, L, again[1])
     if m.text_pool or m.text == "pooled":
         out.append(Product("text pool", B, G, S, E, 1 + learned, weight=False))
     if m.text_pool:
@@ -114,7 +115,7 @@ def products(run: Run, mesh) -> list[Product]:
         dense("words", S, 32, E, inner=False)
         dense("words", S, E, E, 4 * w.depth)
         dense("words", S, E, 4 * E, 2 * w.depth)
-        attention("words", S, S, E, w.depth)
+        attention("words", S, S, E, w.heads, w.depth)
         if m.text == "none":  # encoded all the same, but nothing comes back
             forward = (1, 1, 4 * w.depth, 2 * w.depth, 2 * w.depth)
             out[first:] = (dataclasses.replace(p, passes=n) for p, n in zip(out[first:], forward, strict=True))

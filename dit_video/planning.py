@@ -220,7 +220,7 @@ def _consider(config, sizes, change, limit, chip):
 
 def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
     """Sections (title, rows, remarks); tokens: how many patches to train on."""
-    t, gib = p.topology, lambda n: f"{n / GIB:.2f} GiB"
+    t = p.topology
     slices = f"{t.slices} x " if t.slices > 1 else ""
     head = [
         ("config", p.name),
@@ -231,16 +231,16 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
     ]
     sections = [("Plan", head, list(p.notes))]
 
-    rows = [(kind, gib(n)) for kind, n in p.memory.items()]
-    rows.append(("estimate", gib(sum(p.memory.values()))))
+    rows = [(kind, _amount(n)) for kind, n in p.memory.items()]
+    rows.append(("estimate", _amount(sum(p.memory.values()))))
     remarks = []
     if p.compiled:
-        rows += [(f"compiled: {kind}", gib(n)) for kind, n in p.compiled.items()]
+        rows += [(f"compiled: {kind}", _amount(n)) for kind, n in p.compiled.items()]
         remarks.append(
             f"The estimate is {sum(p.memory.values()) / p.compiled['total'] - 1:+.1%} off the compiled step."
         )
     if p.limit:
-        rows.append(("of a device", gib(p.limit)))
+        rows.append(("of a device", _amount(p.limit)))
         remarks.append(f"{'Fits' if p.fits else 'DOES NOT FIT'}: {p.needed / p.limit:.0%} of the memory.")
     if p.failure:
         remarks.append(f"The compiler refused: {p.failure}")
@@ -249,7 +249,7 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
     rows = [("kind", "where", "times", "bytes left", "bytes sent")]
     for (kind, far), sent in sorted(p.sent.items()):
         where = "between slices" if far else "within a slice"
-        rows.append((kind, where, f"{sent.times:,}", gib(sent.bytes), gib(sent.sent)))
+        rows.append((kind, where, f"{sent.times:,}", _amount(sent.bytes), _amount(sent.sent)))
     sections.append(("Collectives per device and step, from the compiled program", rows, []))
 
     rows = [
@@ -276,7 +276,8 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
         remarks = [
             f"Bound by {bound}.",
             f"Assumed: {shares} of what is published; the longest of them is the step, as if the others hid behind it; "
-            "collectives use all links of a chip; elementwise work is fused with the products.",
+            "collectives use all links of a chip; elementwise work is fused with the products, whose factors and results "
+            "(attention's logits too) pass through memory once.",
         ]
         sections.append(("Time", rows, remarks))
     else:
@@ -287,7 +288,7 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
         for sizes, change, needed, seconds in p.suggestions:
             mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
             rows.append(
-                (mesh, " ".join(f"--config.{k}={v}" for k, v in change.items()), gib(needed), f"{seconds:.3f} s")
+                (mesh, " ".join(f"--config.{k}={v}" for k, v in change.items()), _amount(needed), f"{seconds:.3f} s")
             )
         largest = max(p.memory, key=p.memory.get)
         none = (
@@ -295,6 +296,10 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
         )
         sections.append(("Meshes that fit, by the estimate", rows, [] if p.suggestions else [none]))
     return sections
+
+
+def _amount(n: float) -> str:
+    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2**20:.3f} MiB"
 
 
 def text(p: Plan, tokens: float) -> str:
@@ -318,7 +323,7 @@ def page(p: Plan, tokens: float) -> str:
     """The report as an HTML page, with a bar of the memory by kind."""
     whole = max(p.limit or 0, sum(p.memory.values()))
     bar = "".join(
-        f'<i style="width:{100 * n / whole:.2f}%;background:{colour}" title="{kind}: {n / GIB:.2f} GiB"></i>'
+        f'<i style="width:{100 * n / whole:.2f}%;background:{colour}" title="{kind}: {_amount(n)}"></i>'
         for (kind, n), colour in zip(p.memory.items(), COLOURS, strict=True)
     )
     out = [f"<!doctype html><meta charset=utf-8><title>{html.escape(p.name)}</title><style>{STYLE}</style>"]

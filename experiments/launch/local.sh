@@ -4,7 +4,7 @@
 #   experiments/launch/local.sh 2 --config=configs/shapes.py:quick --workdir=runs/two
 #
 # The first argument is the number of processes; the rest goes to each. If one fails, all end.
-# Run as it stands: on CPU, one device a process.
+# Not run yet: checked with sh -n.
 set -eu
 count=$1
 shift
