@@ -275,9 +275,9 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
         shares = ", ".join(f"{share:.0%} of {kind}" for kind, share in estimate.REACHED.items())
         remarks = [
             f"Bound by {bound}.",
-            f"Assumed: {shares} of what is published; the longest of them is the step, as if the others hid behind it; "
-            "collectives use all links of a chip; elementwise work is fused with the products, whose factors and results "
-            "(attention's logits too) pass through memory once.",
+            f"Assumed: {shares} of what is published; the longest of them is the step, as if the others hid behind "
+            "it; collectives use all links of a chip; elementwise work is fused with the products, whose factors and "
+            "results (attention's logits too) pass through memory once.",
         ]
         sections.append(("Time", rows, remarks))
     else:
