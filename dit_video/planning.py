@@ -177,8 +177,13 @@ def suggest(config, devices: int, limit: float, chip: Chip | None, most: int = 5
     while rows % 2 == 0 and len(changes) < 5:
         rows //= 2
         changes.append({"model.remat": "full", "data.rows": rows})
+    state = None
     for change in changes:
-        found = [one for sizes in _meshes(devices) if (one := _consider(config, sizes, change, limit, chip))]
+        changed = ml_collections.ConfigDict(config.to_dict())
+        changed.update_from_flattened_dict(change)
+        run = make_run(changed)
+        state = state or jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
+        found = [one for sizes in _meshes(devices) if (one := _consider(run, state, sizes, change, limit, chip))]
         if found:
             return tuple(sorted(found, key=lambda one: one[3])[:most])
     return ()
@@ -193,17 +198,15 @@ def _meshes(devices: int):
                 yield dict(zip(AXES, (devices // fsdp // tensor // sequence, fsdp, tensor, sequence)))
 
 
-def _consider(config, sizes, change, limit, chip):
+def _consider(run, state, sizes, change, limit, chip):
     """(mesh, change, bytes, seconds), or None where the mesh cannot be or does not fit."""
-    changed = ml_collections.ConfigDict(config.to_dict())
-    changed.update_from_flattened_dict(change | {f"mesh.{axis}": size for axis, size in sizes.items()})
+    config = ml_collections.ConfigDict(run.config.to_dict())
+    config.mesh.update(sizes)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     try:
-        check_layout(changed, mesh)
+        check_layout(config, mesh)
     except ValueError:
         return None
-    run = make_run(changed)
-    state = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
     needed = sum(estimate.memory(run, mesh, state).values())
     if limit is not None and needed > ROOM * limit:
         return None
