@@ -12,3 +12,22 @@ def prepare() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/dit_video/xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Joins a run's processes, before any device is touched; alone, where nothing says that there are others.
+
+    coordinator: HOST:PORT of process 0; without it TPU pods, SLURM, Open MPI and Kubernetes are asked, as
+    `jax.distributed.initialize` does. Raises ValueError where only some of the three are given.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) not in (0, 3):
+        raise ValueError(f"{', '.join(missing)} must be given too: a process needs all of --{', --'.join(given)}.")
+    if not missing and not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id={process_id} must lie in 0 to {num_processes - 1} (--num_processes).")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except ValueError as error:
+        if not missing or "coordinator_address" not in str(error):
+            raise

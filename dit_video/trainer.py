@@ -76,9 +76,8 @@ def train(config, workdir) -> State:
         _require_same_config(checkpoints.config(), config)
 
         # The state, in its shardings from the first moment.
-        abstract = jax.eval_shape(run.init, key)
-        shardings = state_shardings(abstract, mesh, config.optimizer.offload)
-        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        abstract = abstract_state(run, mesh)
+        shardings = jax.tree.map(lambda a: a.sharding, abstract)
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, start, extra = restored.state, restored.step, restored.extra
@@ -105,15 +104,8 @@ def train(config, workdir) -> State:
         held_out = _held_out(config, run, mesh, share) if config.eval_every else []
 
         # The step, compiled once: another shape would be an error, not a recompilation.
-        batch_shape = abstract_batch(config, run.model, run.text)
-        batch_shape = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            batch_shape,
-            batch_shardings(batch_shape, mesh),
-        )
         began = time.monotonic()
-        step_fn = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, batch_shape, key)
-        step_fn = step_fn.compile()
+        step_fn = trace_step(run, mesh).lower().compile()
         evaluate = jax.jit(run.evaluate)
         whole = jax.jit(run.whole) if config.lora.rank else run.whole
         logging.info("compiled the step in %.1f s", time.monotonic() - began)
@@ -190,6 +182,25 @@ def train(config, workdir) -> State:
         if first:
             print(f"finished: {config.steps} steps. Look at {workdir / 'gallery' / 'index.html'}")
     return state
+
+
+def abstract_state(run: Run, mesh) -> State:
+    """The state's shapes, dtypes and shardings on a mesh."""
+    abstract = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.tree.map(_placed, abstract, state_shardings(abstract, mesh))
+
+
+def trace_step(run: Run, mesh) -> jax.stages.Traced:
+    """The step of `train` for a mesh, whose devices need not be there; nothing is allocated."""
+    state, batch = abstract_state(run, mesh), abstract_batch(run.config, run.model, run.text)
+    batch = jax.tree.map(_placed, batch, batch_shardings(batch, mesh))
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, batch, key)
+
+
+def _placed(array, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _held_out(config, run: Run, mesh, share) -> list[Batch]:

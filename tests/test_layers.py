@@ -9,15 +9,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "dit_video"
 # From the bottom up; a new module takes its place here.
 LAYERS = (
-    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch"},
+    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch", "arguments", "chips", "program"},
     {"flow", "codecs", "text", "metrics", "sequence"},
     {"sampling"},
     {"model", "tasks", "data"},
     {"weights", "evaluation"},
     {"generate", "step", "requests"},
-    {"meter"},
+    {"meter", "estimate"},
     {"trainer"},
-    {"train", "sample", "evaluate", "convert"},
+    {"planning"},
+    {"train", "sample", "evaluate", "convert", "plan"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Which keys there are, and what runs did before one was added; and what a converted model's config begins with.
