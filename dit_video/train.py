@@ -6,7 +6,6 @@ nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do.
 """
 
 import functools
-import sys
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -29,7 +28,9 @@ def main(_):
         launch.prepare()
         trainer.train(CONFIG.value, WORKDIR.value)
     except (ValueError, FloatingPointError, FileNotFoundError, CheckpointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        launch.fail(error, expected=True)
+    except Exception as error:
+        launch.fail(error, expected=False)
 
 
 def run():

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import signal
 import time
@@ -72,7 +73,7 @@ def train(config, workdir) -> State:
     # On every device: the transfer guard forbids to bring it there step by step.
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
-    with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _StopRequests() as stop:
         _require_same_config(checkpoints.config(), config)
 
         # The state, in its shardings from the first moment.
@@ -112,10 +113,9 @@ def train(config, workdir) -> State:
         compilations = count_compilations()
         peak = matmul_peak(run.model.dtype)
 
-        stop = _StopRequests()
         meter = Meter(config, run.model, peak, extra.get("meter", []))
         open_writer = MetricsWriter(workdir, start) if first else contextlib.nullcontext()
-        with contextlib.closing(loader), stop, open_writer as writer, Progress(config.steps, start) as progress:
+        with contextlib.closing(loader), open_writer as writer, Progress(config.steps, start) as progress:
 
             def save(step, loader_state, wait=False):
                 if first:
@@ -151,7 +151,7 @@ def train(config, workdir) -> State:
                     read(*late)
                 late = done
                 checkpoints.check()
-                stopping = stop.agreed()
+                stopping = stop.agreed(step)
                 final = step == config.steps
                 evaluating = config.eval_every and (step % config.eval_every == 0 or final)
                 sampling = final or (config.sample_every and step % config.sample_every == 0)
@@ -388,13 +388,19 @@ def _all_shards(own: dict) -> dict:
 
 
 class _StopRequests:
-    """SIGTERM and SIGINT, noted; the loop asks between steps. All processes stop at the same step."""
+    """SIGTERM and SIGINT, noted; the loop asks between steps. All processes stop at the same step.
+
+    Of several processes jax's preemption service takes SIGTERM: asking costs nothing while nobody got one, and a
+    signal to any of them stops all.
+    """
 
     def __enter__(self):
-        self.asked = False
+        self.asked, self._several = False, jax.process_count() > 1
         note = lambda *_: setattr(self, "asked", True)
+        terminate = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        handlers = {signal.SIGINT: terminate} if self._several else {signal.SIGTERM: note, signal.SIGINT: note}
         try:
-            self._old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         except ValueError:  # not in the main thread (a notebook's worker): its owner handles signals
             self._old = {}
         return self
@@ -403,9 +409,9 @@ class _StopRequests:
         for s, handler in self._old.items():
             signal.signal(s, handler)
 
-    def agreed(self) -> bool:
-        if jax.process_count() == 1:
+    def agreed(self, step: int) -> bool:
+        if not self._several:
             return self.asked
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.process_allgather(np.array(self.asked)).any())
+        return multihost_utils.reached_preemption_sync_point(step)

@@ -1,35 +1,23 @@
-"""The same step on any layout of devices, and the same sums whoever adds them up: jit, pmap, shard_map, processes.
+"""The same step on any layout of devices, and the same sums whoever adds them up: jit, pmap, shard_map.
 
 B rows of the global batch, one for each of eight devices.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_trainer import TINY, Tiny, assert_close, awake, first_batches, tiny
+from test_trainer import Tiny, assert_close, awake, first_batches, tiny
 
 from configs import dit
-from dit_video import generate
 from dit_video.flow import named_key
-from dit_video.metrics import read_metrics
 from dit_video.patches import Cond
 from dit_video.sharding import HOST, ROWS, global_batch, make_mesh, require_host_memory, state_shardings
 from dit_video.step import abstract_batch, make_run
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
 
 FOUR_HEADS = {"data.rows": 8, "model.heads": 4, "optimizer.kind": "adamw", "optimizer.warmup": 0}
 FOUR_HEADS |= {"flow.causal_share": 0.4, "model.window": 2}  # causal clips beside others, across the cuts of a row too
@@ -204,62 +192,3 @@ def test_offload_without_host_memory_is_refused():
     device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: [])
     with pytest.raises(ValueError, match="optimizer.offload=True needs pinned_host memory; toaster devices have"):
         require_host_memory(device)
-
-
-PROCESS = """
-import json, sys
-import jax
-address, index, count, overrides, workdir = sys.argv[1:]
-if int(count) > 1:
-    jax.distributed.initialize(address, int(count), int(index))
-assert jax.device_count() == int(count)
-from configs import shapes
-from dit_video import trainer
-config = shapes.get_config()
-config.update_from_flattened_dict(json.loads(overrides))
-trainer.train(config, workdir)
-"""
-
-
-def train_in_processes(count, workdir, **overrides):
-    """A run in `count` processes of one device each, joined by jax.distributed over the loopback."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    arguments = [json.dumps(TINY | overrides), str(workdir)]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), str(count), *arguments], env=env, cwd=ROOT)
-        for i in range(count)
-    ]
-    try:
-        assert [process.wait(600) for process in processes] == [0] * count
-    finally:
-        for process in processes:
-            process.kill()
-    return read_metrics(workdir / "metrics.jsonl")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "mesh"), [(2, {}), (2, {"mesh.fsdp": 2}), (4, {"mesh.fsdp": 2, "mesh.sequence": 2})])
-def test_processes_train_as_one(tmp_path, count, mesh):
-    """The losses of one process on the same global batch, line for line, and the same weights at the end (1e-4).
-
-    Each reads its own shards of the data alone; where a row is cut, the processes that share it read the same.
-    """
-    rest = {"optimizer.kind": "adamw", "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 2}
-    wanted = train_in_processes(1, tmp_path / "one", **rest)
-    lines = train_in_processes(count, tmp_path / "more", **rest, **mesh)
-    same = lambda name: name.startswith(("loss", "validation", "gradient_norm", "clips", "patch_fill", "text_fill"))
-    assert len(lines) == len(wanted) == 6
-    for line, want in zip(lines, wanted, strict=True):
-        assert line["step"] == want["step"] and line.keys() == want.keys()
-        for name in filter(same, want):
-            np.testing.assert_allclose(line[name], want[name], rtol=1e-4, err_msg=f"{name} at step {want['step']}")
-    # The checkpoint, gathered from all, and the file of weights are there for anyone to sample from.
-    one, more = (generate.load(tmp_path / name) for name in ("one", "more"))
-    assert_close(more.params, one.params, 1e-4)
-    assert_close(generate.load(tmp_path / "more" / "weights.safetensors").params, more.params, 1e-2)
-    # And the run of several goes on as one.
-    lines = train_in_processes(1, tmp_path / "more", **rest | {"steps": 5})
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
