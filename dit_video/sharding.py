@@ -71,8 +71,8 @@ def check_layout(config, mesh: Mesh) -> None:
     rows, parts, m = config.data.rows, config.optimizer.accumulate, config.model
     if parts < 1 or rows % parts or (rows // parts) % (data * fsdp):
         raise ValueError(
-            f"data.rows={rows} do not split into optimizer.accumulate={parts} parts over {data * fsdp} devices. "
-            f"(Of the mesh, data={data} x fsdp={fsdp} take rows.)"
+            f"data.rows={rows} do not split into optimizer.accumulate={parts} parts over mesh.data={data} x "
+            f"mesh.fsdp={fsdp} devices. Give a multiple of {max(parts, 1) * data * fsdp}."
         )
     for name, whole, axis in (
         ("data.length", config.data.length, "sequence"),

@@ -159,7 +159,11 @@ def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
 @pytest.mark.parametrize(
     ("layout", "overrides", "message"),
     [
-        ((8,), {"data.rows": 4}, "data.rows=4 do not split into optimizer.accumulate=1 parts over 8 devices"),
+        (
+            (8,),
+            {"data.rows": 4},
+            "data.rows=4 do not split into optimizer.accumulate=1 parts over mesh.data=8 x mesh.fsdp=1",
+        ),
         ((1, 1, 1, 8), {"data.length": 100}, "data.length=100 must be a multiple of mesh.sequence=8"),
         ((1, 1, 8), {}, "model.heads=4 must be a multiple of mesh.tensor=8"),
         ((1, 1, 1, 8, "all_to_all"), {}, "model.heads=4 over mesh.tensor=1 do not divide by it. Use 'ring'"),

@@ -36,6 +36,8 @@ def rows_of(batch: Batch, length: int, keep) -> Batch:
     fields = {}
     for name in Patches.__dataclass_fields__:
         values, size = getattr(p, name), G if name.endswith("G") else length
+        if values is None:  # no clip is causal
+            continue
         fields[name] = np.stack(
             [fit(values[b][groups if name.endswith("G") else at], size) for b, at, groups, _ in out]
         )
