@@ -35,7 +35,7 @@ def start(workdir, count=2, **overrides):
     for i in range(count):
         own = [*joined, f"--process_id={i}"] if count > 1 else []
         with open(f"{workdir}.{i}.log", "a") as log:
-            env = os.environ | {"XLA_FLAGS": ""}
+            env = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
             processes.append(subprocess.Popen([*command, *own], env=env, cwd=ROOT, stdout=log, stderr=log))
     return processes
 

@@ -35,7 +35,7 @@ def start(workdir, devices=1, **overrides):
     flags = [f"--config.{key}={value}" for key, value in (TINY | RUN | overrides).items()]
     command = [sys.executable, "-m", "dit_video.train", "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
     with open(f"{workdir}.log", "a") as log:
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
 
 

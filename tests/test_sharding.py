@@ -162,7 +162,7 @@ def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
         (
             (8,),
             {"data.rows": 4},
-            "data.rows=4 do not split into optimizer.accumulate=1 parts over mesh.data=8 x mesh.fsdp=1",
+            "data.rows=4 do not split into .*=1 parts over mesh.data=8 x mesh.fsdp=1",
         ),
         ((1, 1, 1, 8), {"data.length": 100}, "data.length=100 must be a multiple of mesh.sequence=8"),
         ((1, 1, 8), {}, "model.heads=4 must be a multiple of mesh.tensor=8"),
