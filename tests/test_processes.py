@@ -40,7 +40,7 @@ def start(workdir, count=2, **overrides):
     return processes
 
 
-def ended(processes, seconds=600):
+def ended(processes, seconds=1800):
     """Their exit codes; AssertionError for one that goes on for longer."""
     deadline = time.monotonic() + seconds
     try:

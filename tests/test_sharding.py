@@ -58,16 +58,19 @@ def gradients(state):
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if ".mu" in jax.tree_util.keystr(path)}
 
 
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)  # each is a program of eight devices to compile
+
+
 @pytest.mark.parametrize(
     "layout",
     [
-        (8,),
-        (1, 8),
-        (4, 2),
+        slow((8,)),
+        slow((1, 8)),
+        slow((4, 2)),
         (2, 2, 2),
         (2, 1, 1, 4, "ring"),
-        (2, 1, 1, 4, "all_to_all"),
-        (1, 2, 2, 2, "ring"),
+        slow((2, 1, 1, 4, "all_to_all")),
+        slow((1, 2, 2, 2, "ring")),
     ],
 )
 def test_any_mesh_gives_the_same_steps(alone, two_steps, layout):
@@ -100,21 +103,22 @@ def summed(alone):
     return lambda params, batch, key, axes=ROWS: jax.lax.psum(alone.run.sums(params, batch, key), axes)
 
 
-def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
+@pytest.mark.parametrize("how", ["pmap", slow("shard_map")])
+def test_pmap_and_shard_map_give_the_sums_of_jit(alone, how):
     """Gradient and sums of eight rows on one device are the psum of those of a row on each of eight (1e-5)."""
     params, batch = alone.state.params, alone.batches[0]
     wanted = jax.jit(alone.run.sums)(params, batch, alone.key)
-    mesh, everywhere, rows = mesh_of(4, 2), PartitionSpec(), PartitionSpec(ROWS)
-    mapped = jax.shard_map(
-        summed(alone), mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
-    )
-    put = lambda tree: jax.device_put(tree, NamedSharding(mesh, everywhere))
-    sums = jax.jit(mapped)(put(params), global_batch(batch, mesh), put(alone.key))
-    for part in (0, 1):
-        assert_close(sums[part], wanted[part], 1e-5)
-    each = jax.tree.map(lambda a: a[:, None], batch)
-    mapped = jax.pmap(lambda p, b, k: summed(alone)(p, b, k, "rows"), axis_name="rows", in_axes=(None, 0, None))
-    sums = jax.tree.map(lambda a: a[3], mapped(params, each, alone.key))
+    if how == "pmap":
+        each = jax.tree.map(lambda a: a[:, None], batch)
+        mapped = jax.pmap(lambda p, b, k: summed(alone)(p, b, k, "rows"), axis_name="rows", in_axes=(None, 0, None))
+        sums = jax.tree.map(lambda a: a[3], mapped(params, each, alone.key))
+    else:
+        mesh, everywhere, rows = mesh_of(4, 2), PartitionSpec(), PartitionSpec(ROWS)
+        mapped = jax.shard_map(
+            summed(alone), mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
+        )
+        put = lambda tree: jax.device_put(tree, NamedSharding(mesh, everywhere))
+        sums = jax.jit(mapped)(put(params), global_batch(batch, mesh), put(alone.key))
     for part in (0, 1):
         assert_close(sums[part], wanted[part], 1e-5)
     # And `update` takes them from there.
@@ -122,7 +126,7 @@ def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
     assert int(after.step) == 1 and jnp.isfinite(after.params["dit"]["patch"]).all()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", [slow("adamw"), "muon"])
 def test_a_state_is_made_in_its_shardings(kind):
     """The program that makes it holds a device's share alone: no device, and no host, ever has the whole model."""
     config = tiny(FOUR_HEADS | {"optimizer.kind": kind, "optimizer.offload": True, "model.width": 128})
@@ -177,6 +181,7 @@ def test_what_does_not_divide_is_refused(layout, overrides, message):
         make_run(config, make_mesh(config.mesh))
 
 
+@pytest.mark.slow
 def test_the_optimizer_offloaded_gives_the_same_step(alone, two_steps):
     """Its arrays come from the host's memory and return there."""
     config = tiny(FOUR_HEADS | {"optimizer.offload": True})
