@@ -86,8 +86,11 @@ class Plan:
 def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
     """Compiles the step of `train` for a topology and works out what it costs there; nothing is allocated.
 
-    Raises ValueError for a topology that is none, and for a config that cannot run on so many devices.
+    Raises ValueError for a topology that is none, for a config that cannot run on so many devices, and for one that
+    trains low-rank factors alone.
     """
+    if config.lora.rank:
+        raise ValueError(f"lora.rank={config.lora.rank}: plans are of runs that train all weights. Give 0.")
     asked, notes = parse_topology(topology, slices), []
     devices, compiled_for = _devices(asked, notes)
     mesh = make_mesh(config.mesh, devices)

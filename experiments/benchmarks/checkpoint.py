@@ -14,7 +14,7 @@ import tempfile
 import time
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from step import model_config, random_batch
 
 from dit_video.checkpoint import Checkpoints, digest
@@ -27,6 +27,7 @@ LENGTH = flags.DEFINE_integer("length", 64, "Patches of the one row that a step 
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     folder = pathlib.Path(tempfile.mkdtemp(dir=FOLDER.value))
     config = model_config(MODEL.value, LENGTH.value)
     config.data.rows = config.data.shards = 1
