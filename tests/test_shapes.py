@@ -12,7 +12,7 @@ from dit_video.data.shapes import Background, Label, Object, Scene, ShapesSource
 
 LABELS = [Label(*x) for x in itertools.product(shapes.SHAPES, shapes.COLOURS, shapes.MOTIONS)]
 # Radius and amplitude by number of objects, in short sides: the rule that makes an orbit follow from its caption.
-RADIUS, AMPLITUDE = {1: 0.17, 2: 0.14}, {1: 0.20, 2: 0.13}
+RADIUS, AMPLITUDE = {1: 0.20, 2: 0.14}, {1: 0.26, 2: 0.17}
 BLACK = Background(0.0, (0.0, 0.0, 0.0), 0.0, 0.0, "waves", 0.0, 1.0, 0.0, (0.0, 0.0))
 
 

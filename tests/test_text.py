@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from configs import base
+from dit_video.data import shapes
 from dit_video.text import embeddings, labels, make_text, words
 
 CAPTIONS = ["a red circle moves left and right", "", "ein großer Überfall", "a picture of two blue crosses"]
@@ -119,6 +120,18 @@ def test_words_of_a_prompt_see_each_other_and_their_order():
     one, other, turned = encoder(text)(*rows_of(text, [["red cat"], ["blue cat"], ["cat red"]]))
     assert np.abs(one[0] - other[0]).max() > 1e-3 and np.abs(one[2] - other[2]).max() > 1e-3
     assert np.abs(one[2] - turned[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("grown", [1, 30])
+def test_what_all_words_share_does_not_drown_them(grown):
+    """However far the layers have grown, most of a token's norm is its own: training pulls all tokens one way."""
+    text = text_of("words", width=128)
+    ids, prompt = rows_of(text, [[x.caption] for x in shapes.prompts(24, "train", objects=1)])
+    params = dict(text.module.init(jax.random.key(0), ids, prompt)["params"])
+    params |= {n: jax.tree.map(lambda w: grown * w, w) for n, w in params.items() if n.startswith("mlp_out")}
+    text_BxSxE = np.asarray(text.module.apply({"params": params}, ids, prompt))
+    token_nxE = text_BxSxE[(prompt > 0) & (ids > 0).any(-1)]
+    assert np.square(token_nxE.mean(0)).sum() < 0.4 * np.square(token_nxE).sum(-1).mean()
 
 
 def test_places_are_counted_within_a_prompt():

@@ -34,7 +34,8 @@ def drop(ids_BxSxK, prompt_BxS, drop_BxS):
 class WordEncoder(nn.Module):
     """Embeds each word's bytes, then lets the words of a prompt see one another (pre-norm transformer layers).
 
-    Without biases: what all tokens share grows fastest early in training, and with biases it came to drown the words.
+    What all tokens share grows fastest in training and comes to drown what tells words apart. So there are no biases,
+    the bytes that pad a word are zero, and of what the layers add, what a prompt's tokens have in common is taken away.
     """
 
     width: int = 128
@@ -55,8 +56,10 @@ class WordEncoder(nn.Module):
         bytes_BxSxKxe = nn.Embed(257, self.byte_width, embedding_init=nn.initializers.normal(1.0), name="bytes")(
             ids_BxSxK
         )
-        h_BxSxE = dense(self.width, name="word")(bytes_BxSxKxe.reshape(B, S, -1))
-        h_BxSxE = h_BxSxE + dense(self.width, name="place")(sinusoids(index_in_prompt(prompt_BxS), 32, 100.0))
+        bytes_BxSxKxe = jnp.where(ids_BxSxK[..., None] == 0, 0.0, bytes_BxSxKxe)
+        word_BxSxE = dense(self.width, name="word")(bytes_BxSxKxe.reshape(B, S, -1))
+        word_BxSxE = word_BxSxE + dense(self.width, name="place")(sinusoids(index_in_prompt(prompt_BxS), 32, 100.0))
+        h_BxSxE = word_BxSxE
         tag = (prompt_BxS, jnp.zeros_like(prompt_BxS))
         for i in range(self.depth):
             x_BxSxE = layer_norm(h_BxSxE)
@@ -67,7 +70,11 @@ class WordEncoder(nn.Module):
             h_BxSxE = h_BxSxE + dense(self.width, name=f"o_{i}")(o.reshape(B, S, -1))
             x_BxSxE = nn.gelu(dense(4 * self.width, name=f"mlp_in_{i}")(layer_norm(h_BxSxE)))
             h_BxSxE = h_BxSxE + dense(self.width, name=f"mlp_out_{i}")(x_BxSxE)
-        return layer_norm(h_BxSxE)
+        context_BxSx1xE = (h_BxSxE - word_BxSxE)[:, :, None]
+        even = jnp.zeros_like(context_BxSx1xE)  # all tokens of a prompt weigh the same: their mean
+        mean_BxSx1xE, _ = attend(even, even, context_BxSx1xE, tag, tag)
+        context_BxSxE = (context_BxSx1xE - mean_BxSx1xE)[:, :, 0]
+        return (layer_norm(word_BxSxE) + layer_norm(context_BxSxE, 1e-3)) * 0.5**0.5
 
 
 def index_in_prompt(prompt_BxS):
