@@ -194,7 +194,7 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     cross = m.text == "cross"
     kept = {
         "full": N * D * width,
-        "dots": N * ((3 + cross) * D + ((4 + 2 * cross) * D + F) / T) * width
+        "dots": N * ((7 + cross) * D + ((4 + 2 * cross) * D + F) / T) * width
         + N * (1 + cross) * 4 * H
         + (S * 2 * D / T * width if cross else 0),
         "none": N * (30 * D + 4 * F / T) * width,

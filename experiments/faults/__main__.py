@@ -26,6 +26,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the quick forms of the same faults
 
+import conftest  # noqa: E402, F401  eight devices of the host, for what the tests' modules make of them
 import test_processes as processes  # noqa: E402
 import test_resume as resume  # noqa: E402
 from test_checkpoint import files_of, flip, spoil  # noqa: E402
