@@ -177,8 +177,8 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     """Bytes per device, by kind, of a training step; mesh: any with axis sizes; state: the State's shapes.
 
     The state, the gradients and the batch are counted array by array. Activations are what the scan over layers keeps
-    for the backward pass; the working set is what one layer's backward pass, or the attention in it, holds at once,
-    counted in arrays of [N, D] and [N, F] that compiled programs were seen to need (`WORKING`).
+    for the backward pass (more than the products that a policy names, as programs have it); the working set is what
+    one layer's backward pass, or the attention in it, holds at once, counted in arrays (`WORKING`).
     """
     m, d, parts = run.model, run.config.data, run.config.optimizer.accumulate
     size = lambda name: mesh.shape.get(name, 1)
@@ -197,7 +197,7 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
         "dots": N * ((7 + cross) * D + ((4 + 2 * cross) * D + F) / T) * width
         + N * (1 + cross) * 4 * H
         + (S * 2 * D / T * width if cross else 0),
-        "none": N * (30 * D + 4 * F / T) * width,
+        "none": N * (68 * D + 4 * F / T) * width,
     }[m.remat]
     gradients = held(state.params, shards.params)
     keys = keys_per_query(m, d.length, mesh)

@@ -20,7 +20,7 @@ import tempfile
 import time
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -209,6 +209,7 @@ def text_of(path):
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     began, rows, lost = time.monotonic(), [], collections.Counter()
     with tempfile.TemporaryDirectory() as top:
         workdir = pathlib.Path(top) / "unbroken" / "run"
