@@ -31,6 +31,7 @@ def get_config(form="T2V-1.3B"):
     codec.kind, codec.stride = "latents", (4, stride, stride)
     config.text.kind, config.text.width, config.text.tokens = "frozen", 4096, 512
     config.data.text_length, config.data.group_by = 2048, "clip"
+    config.data.max_tokens = 21 * 30 * 52  # 81 frames at 832x480; what a window may hold is data.length too
     model.patch, model.predict, model.dtype = (1, 2, 2), "v", "bfloat16"
     model.position, model.qk_norm = "rope", "width"
     model.pos_scale = (rate, 1 / (2 * stride), 1 / (2 * stride))

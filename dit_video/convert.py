@@ -12,8 +12,10 @@ are missing, left over or of another shape are named, and are an error unless --
 """
 
 import ast
+import dataclasses
 import functools
 import json
+import pathlib
 import re
 import sys
 
@@ -36,7 +38,7 @@ DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "By default bf
 
 # What of a hub repository is fetched: weights and their description, never code.
 HUB_FILES = ("*.safetensors", "*.pt", "*.safetensors.index.json", "config.json", "transformer/*")
-HUB_NEVER = ("*.py", "*.pkl", "*.bin")
+HUB_NEVER = ("*.py", "*.pkl")
 HUB_PARTS = ("text_encoder/*", "vae/*", "image_encoder/*", "tokenizer/*")
 
 
@@ -62,8 +64,10 @@ def fetch(source: str, revision: str | None = None):
     try:
         # Without a network, or with HF_HUB_OFFLINE=1, this is what the cache holds.
         allowed, ignored = ("vae/*", HUB_NEVER) if folder else (HUB_FILES, HUB_NEVER + HUB_PARTS)
-        name = "/".join(parts)
-        path = hub.snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored)
+        get = functools.partial(hub.snapshot_download, "/".join(parts), revision=revision, allow_patterns=allowed)
+        path = pathlib.Path(get(ignore_patterns=ignored + ("*.bin",)))
+        if not any(found.suffix in (".safetensors", ".pt") for found in path.rglob("*")):
+            path = get(ignore_patterns=ignored)  # PyTorch's, where there is nothing else
     except OSError as error:  # of which all that the hub raises is a kind
         raise FileNotFoundError(f"{source} is not on this machine, and not to be had from the hub: {error}") from error
     return epath.Path(path) / folder
@@ -80,10 +84,12 @@ def import_file(source, to, given=None, family=None, entry=None, dtype=None, par
     import numpy as np
 
     from configs import base
-    from dit_video.weights import families, native, stream
+    from dit_video.weights import dit, families, native, stream
     from dit_video.weights.files import open_weights
 
     opened = open_weights(source, entry)
+    tensors, config_json = dit.from_diffusers(opened.tensors, opened.config)
+    opened = dataclasses.replace(opened, tensors=tensors, config=config_json)
     shapes = {name: stored.shape for name, stored in opened.tensors.items()}
     known = opened.config | dict(given or {})
     if autoencoder := families.find_autoencoder(shapes, known, family):

@@ -149,6 +149,8 @@ def make_run(config, mesh=None) -> Run:
         cond = Cond(text.module.apply({"params": text_params}, ids, prompt_BxS), prompt_BxS)
         v_BxNxP, _ = velocity(params["dit"], dataclasses.replace(patches, x_BxNxP=z_BxNxP), cond)
         weight_BxN = jnp.where(patches.seg_BxN != 0, per_patch(weight_BxG, patches), 0)
+        if config.model.predict == "ddpm":  # its error of e, as it was trained: the velocity's is 1 / (1 - s) of it
+            weight_BxN *= jnp.square(1 - level_BxN)
         return loss_sums(v_BxNxP, target_BxNxP, weight_BxN, level_BxN)
 
     def loss(params, batch: Batch, key, frozen):

@@ -85,7 +85,7 @@ def train(config, workdir) -> State:
         else:
             state, start, extra = jax.jit(run.init, out_shardings=shardings)(named_key(key, "init")), 0, {}
             if config.init_from:
-                state = start_from(config.init_from, state, shardings)
+                state = start_from(config.init_from, state, shardings, config.model)
             if config.lora.rank and config.lora.init_from:
                 state = start_factors_from(config, state, shardings)
         if start >= config.steps:
@@ -279,15 +279,25 @@ def _sample_gallery(config, workdir, writer, ema, step: int) -> None:
             writer.video(step, f"sample/{i}", sample.video_TxYxXx3, sample.fps)
 
 
-def start_from(path, state: State, shardings) -> State:
+# Of a model, what the same weights may be run with in another way.
+FREE = ("dtype", "remat", "unroll", "window")
+
+
+def start_from(path, state: State, shardings, model=None) -> State:
     """The state with another run's averaged weights, and a fresh optimizer. Raises ValueError where they differ.
 
-    A file's tensors go to their devices one by one, in the place of those that were drawn at random.
+    A file's tensors go to their devices one by one, in the place of those that were drawn at random. model:
+    config.model; where the weights were trained as another one, a warning says so.
     """
     field = "frozen" if state.frozen else "params"
     old, places = getattr(state, field), getattr(shardings, field)
     file = generate.weights_file(path)
-    given = nest(read_weights(file)[0]) if file else generate.load(path).params
+    if file:
+        tensors, metadata = read_weights(file)
+        given, saved = nest(tensors), generate.with_newer_keys(metadata["config"])
+    else:
+        loaded = generate.load(path)
+        given, saved = loaded.params, loaded.config.to_dict()
     describe = lambda tree: {jax.tree_util.keystr(k): a.shape for k, a in jax.tree_util.tree_leaves_with_path(tree)}
     theirs, ours = describe(given), describe(old)
     wrong = [
@@ -295,6 +305,14 @@ def start_from(path, state: State, shardings) -> State:
     ]
     if wrong:
         raise ValueError(f"init_from={path} has other weights than this config:\n  " + "\n  ".join(wrong[:20]))
+    as_json = lambda value: json.loads(json.dumps(value))
+    others = [
+        f"model.{key}={saved['model'][key]!r} there, {value!r} here"
+        for key, value in ({} if model is None else model.to_dict()).items()
+        if key not in FREE and as_json(value) != as_json(saved["model"].get(key))
+    ]
+    if others:
+        logging.warning("init_from=%s was trained as another model: %s.", path, "; ".join(others))
     jax.tree.map(lambda a: a.delete(), (old, state.ema) if field == "params" else old)
     if file:
         new = generate.load(path, places).params

@@ -1,4 +1,4 @@
-"""DiT, SiT and Latte, and the diffusion they are trained with, once more in numpy and float64, from their papers.
+"""DiT, SiT, Latte and Wan, and the diffusion they are trained with, once more in numpy and float64, from their papers.
 
 What the model is held against where no reference array is at hand. F frames, C channels, N tokens of a frame, D model
 width, T timesteps. Keywords are what a wrong reading would take for something else; tests plant each.
@@ -86,6 +86,91 @@ def forward(
         h = h + parts[5] * dense(f"{name}.mlp.fc2", gelu(dense(f"{name}.mlp.fc1", modulate(h, *parts[3:5]))))
     out = dense("final_layer.linear", modulate(h, *np.split(dense("final_layer.adaLN_modulation.1", silu(c)), 2)))
     return out.reshape(F, Y // p, X // p, p, p, -1).transpose(0, 5, 1, 3, 2, 4).reshape(F, -1, Y, X)
+
+
+# Wan
+
+
+def rotated(x_NxHxK, index_Nx3, interleaved=True, dims=None):
+    """RoPE over (t, y, x): a head's pairs (2i, 2i + 1), or (i, i + K/2), turned; dims: of each axis."""
+    K = x_NxHxK.shape[-1]
+    dims = dims or (K - 4 * (K // 6), 2 * (K // 6), 2 * (K // 6))
+    angles = np.hstack([np.outer(i, 10_000.0 ** (-np.arange(0, d, 2) / d)) for i, d in zip(index_Nx3.T, dims)])
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    a, b = (x_NxHxK[..., ::2], x_NxHxK[..., 1::2]) if interleaved else np.split(x_NxHxK, 2, -1)
+    pair = a * cos - b * sin, a * sin + b * cos
+    return np.stack(pair, -1).reshape(x_NxHxK.shape) if interleaved else np.concatenate(pair, -1)
+
+
+def wan_forward(
+    state, config, x_CxTxYxX, t, text_SxE, image_IxE=None, *, eps=1e-6, gelu=tanh_gelu, shift_first=True,
+    interleaved=True, dims=None, per_head=False, last_silu=False, image_gelu=exact_gelu, gate_text=False,
+):  # fmt: skip
+    """The output of one clip, C x T x Y x X, from the published weights (Wan 2.1, 2025, sec. 4.2, fig. 10)."""
+    w = lambda name: state[name].astype(np.float64)
+    dense = lambda name, x: x @ w(f"{name}.weight").T + w(f"{name}.bias")
+    affine = lambda name, x, eps: norm(x, eps) * w(f"{name}.weight") + w(f"{name}.bias")
+    silu = lambda x: x / (1 + np.exp(-x))
+    H, K, patch = config["num_attention_heads"], config["attention_head_dim"], config["patch_size"]
+    C, *shape = x_CxTxYxX.shape
+    grid = [n // p for n, p in zip(shape, patch)]
+    heads = lambda x: x.reshape(len(x), H, K)
+
+    def rms(name, x):
+        x, gain = (heads(x), w(name).reshape(H, K)) if per_head else (x, w(name))
+        return heads(x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * gain)
+
+    def softmax(q, k, v):
+        logits = np.einsum("nhk,mhk->hnm", q, k) / np.sqrt(K)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        return np.einsum("hnm,mhk->nhk", weights / weights.sum(-1, keepdims=True), v).reshape(len(q), -1)
+
+    cells = x_CxTxYxX.astype(np.float64).reshape(C, grid[0], patch[0], grid[1], patch[1], grid[2], patch[2])
+    kernel = w("patch_embedding.weight")
+    h = np.einsum("ctaubvd,ecabd->tuve", cells, kernel).reshape(-1, len(kernel))
+    h = h + w("patch_embedding.bias")
+    index_Nx3 = np.indices(grid).reshape(3, -1).T
+    sin, cos = sines([t], config["freq_dim"])
+    embed = "condition_embedder"
+    temb = dense(
+        f"{embed}.time_embedder.linear_2", silu(dense(f"{embed}.time_embedder.linear_1", np.hstack([cos, sin])))
+    )
+    mod = dense(f"{embed}.time_proj", silu(temb)).reshape(6, -1)
+    text = dense(
+        f"{embed}.text_embedder.linear_2", gelu(dense(f"{embed}.text_embedder.linear_1", text_SxE.astype(float)))
+    )
+    if image_IxE is not None:
+        image = affine(f"{embed}.image_embedder.norm1", image_IxE.astype(np.float64), 1e-5)
+        image = dense(
+            f"{embed}.image_embedder.ff.net.2", image_gelu(dense(f"{embed}.image_embedder.ff.net.0.proj", image))
+        )
+        image = affine(f"{embed}.image_embedder.norm2", image, 1e-5)
+
+    def modulate(h, shift, scale):
+        if not shift_first:
+            shift, scale = scale, shift
+        return norm(h, eps) * (1 + scale) + shift
+
+    for i in range(config["num_layers"]):
+        name = f"blocks.{i}"
+        parts = w(f"{name}.scale_shift_table")[0] + mod
+        x = modulate(h, *parts[:2])
+        q, k = (rms(f"{name}.attn1.norm_{a}.weight", dense(f"{name}.attn1.to_{a}", x)) for a in "qk")
+        q, k = (rotated(a, index_Nx3, interleaved, dims) for a in (q, k))
+        h = h + parts[2] * dense(f"{name}.attn1.to_out.0", softmax(q, k, heads(dense(f"{name}.attn1.to_v", x))))
+        x = affine(f"{name}.norm2", h, eps)
+        q = rms(f"{name}.attn2.norm_q.weight", dense(f"{name}.attn2.to_q", x))
+        k = rms(f"{name}.attn2.norm_k.weight", dense(f"{name}.attn2.to_k", text))
+        o = softmax(q, k, heads(dense(f"{name}.attn2.to_v", text)))
+        if image_IxE is not None:
+            k = rms(f"{name}.attn2.norm_added_k.weight", dense(f"{name}.attn2.add_k_proj", image))
+            o = o + softmax(q, k, heads(dense(f"{name}.attn2.add_v_proj", image)))
+        h = h + (parts[2] if gate_text else 1) * dense(f"{name}.attn2.to_out.0", o)
+        x = modulate(h, *parts[3:5])
+        h = h + parts[5] * dense(f"{name}.ffn.net.2", gelu(dense(f"{name}.ffn.net.0.proj", x)))
+    out = dense("proj_out", modulate(h, *(w("scale_shift_table")[0] + (silu(temb) if last_silu else temb))))
+    out = out.reshape(*grid, *patch, -1)
+    return np.einsum("tuvabdc->ctaubvd", out).reshape(-1, *shape)
 
 
 # Diffusion

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import rebuild_codecs
 import safetensors.numpy
 
 from dit_video.codecs import autoencoder, layers, make_codec, wan
@@ -20,7 +21,7 @@ from dit_video.codecs import kl as kl_modules
 from dit_video.codecs.autoencoder import build, in_chunks, in_tiles, next_chunk
 from dit_video.weights import kl, wan_vae
 from experiments.parity import autoencoders as parity
-from experiments.parity.arrays import load
+from experiments.parity.arrays import error, load
 
 PUBLISHED = {
     "autoencoder_kl_sd": (kl, kl_modules),
@@ -273,12 +274,79 @@ def test_seams_are_blended():
     assert out[0] == 0 and out[-1] == 1 and np.abs(np.diff(out)).max() < 0.35
 
 
+# Whole autoencoders, against a rebuild in float64
+
+TINY = {
+    "kl": {"block_out_channels": [4, 6], "layers_per_block": 1, "latent_channels": 3, "norm_num_groups": 2},
+    "2.1": {
+        "base_dim": 4, "z_dim": 3, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [True],
+        "latents_mean": [0.0] * 3, "latents_std": [1.0] * 3,
+    },
+}  # fmt: skip
+TINY["2.2"] = TINY["2.1"] | {"dim_mult": [1, 1], "patch_size": 2, "is_residual": True, "decoder_base_dim": 6}
+
+
+@functools.cache
+def rebuilt_and_ours(name: str, part: str):
+    """(the rebuild, of keywords; what the codec gives), C x T x Y x X, of a clip of random numbers."""
+    weights, modules, again = (kl, kl_modules, rebuild_codecs.kl)
+    if name != "kl":
+        weights, modules, again = wan_vae, wan, rebuild_codecs.wan
+    config, drawn, state = TINY[name], np.random.default_rng(0), {}
+    for rule in weights.rules(config):
+        gain = float(rule.theirs.endswith("gamma") or "norm" in rule.theirs and rule.theirs.endswith("weight"))
+        scale = 0.1 if gain or rule.theirs.endswith("bias") else np.prod(rule.shape[1:]) ** -0.5
+        state[rule.theirs] = (gain + scale * drawn.normal(size=rule.shape)).astype(np.float32)
+    x = drawn.normal(size=(3, 5, 8, 12) if part == "encoder" else (3, 3, 4, 6)).astype(np.float32)
+    x = 0.01 * x if name == "kl" else x  # so small that the norms' epsilon counts
+    codec = build(modules, weights.settings(config), weights.to_ours(state, config))
+    out, _ = next_chunk(getattr(codec, part), codec.params[part], {}, np.moveaxis(x, 0, -1)[None])
+    return functools.partial(again, state, config, x, part), np.moveaxis(np.asarray(out[0]), -1, 0)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", TINY)
+def test_whole_autoencoders_equal_their_rebuild(name, part):
+    again, ours = rebuilt_and_ours(name, part)
+    assert error(ours, again()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "wrong"),
+    [
+        ("kl", "encoder", {"eps": 1e-5}), ("kl", "encoder", {"halving_pads": (1, 0)}), ("kl", "decoder", {"scale": 1}),
+        ("2.1", "encoder", {"causal": False}), ("2.1", "encoder", {"halving_pads": (1, 0)}),
+        ("2.1", "decoder", {"pair_outer": False}), ("2.1", "decoder", {"first_in": True}),
+        ("2.2", "encoder", {"scale": 1}), ("2.2", "decoder", {"pair_outer": False}),
+    ],
+)  # fmt: skip
+def test_the_rebuild_tells_a_wrong_reading(name, part, wrong):
+    """Epsilon, the sides that are padded, attention's scale, causality, the order of doubled frames: each is seen."""
+    again, ours = rebuilt_and_ours(name, part)
+    assert error(ours, again(**wrong)) > 1e-4
+
+
 @pytest.fixture(scope="module")
 def golden(shared):
     path = shared / "golden"
     if not path.is_dir():
         pytest.skip(f"no reference arrays at {path}")
     return path
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_rebuild_gives_the_references_arrays(golden, name):
+    """So that it is worth holding the codecs against it."""
+    state, config, io = load(golden, f"diffusers/{name}")
+    if name.endswith("sd"):
+        moments = rebuild_codecs.kl(state, config, io["x"][:1].swapaxes(0, 1), "encoder")
+        image = rebuild_codecs.kl(state, config, io["mean"][:1].swapaxes(0, 1), "decoder")
+        assert error(moments[:4, 0], io["mean"][0]) < 1e-5 and error(image[:, 0], io["decoded_from_mean"][0]) < 1e-5
+    else:
+        moments = rebuild_codecs.wan(state, config, io["x"][0], "encoder")
+        video = rebuild_codecs.wan(state, config, io["mean"][0], "decoder")
+        assert error(moments[: len(io["mean"][0])], io["mean"][0]) < 1e-5
+        assert error(np.clip(video, -1, 1), io["decoded_clamped"][0]) < 1e-5
 
 
 @pytest.mark.parametrize("model", ["sd", "wan21", "wan22"])

@@ -193,12 +193,18 @@ def settings(**more):
     return tiny(WHOLE | {"checkpoint_every": 2} | rest | more)
 
 
+def drawn(shapes):
+    """Parameters at random, none of them 0: without a program that makes a new model's."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda a: (0.1 * rng.standard_normal(a.shape)).astype(np.float32), shapes)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The base's file, an unbroken run of 4 steps, and one that went on from its second."""
     folder = tmp_path_factory.mktemp("lora")
     run = make_run(tiny())
-    params = awake(jax.jit(run.init)(jax.random.key(3)).params)
+    params = drawn(jax.eval_shape(run.init, jax.random.key(3)).params)
     generate.save_weights(folder / "base.safetensors", params, tiny(), 0)
     given = {"init_from": str(folder / "base.safetensors")}
     train(settings(steps=4, **given), folder / "whole")
@@ -276,9 +282,8 @@ def test_gradients_of_the_factors_are_those_of_the_merged_weights():
     """dA = scale dW B', dB = scale A' dW: the loss is that of the merged model and of no other."""
     run, plain = make_run(tiny({"lora.rank": 2, "lora.alpha": 4.0})), make_run(tiny())
     (batch,) = first_batches(run, 1)
-    state = jax.jit(run.init)(jax.random.key(0))
-    params, frozen = awake(state.params), awake(state.frozen)
-    key = jax.random.key(1)
+    state, key = jax.eval_shape(run.init, jax.random.key(0)), jax.random.key(1)
+    params, frozen = drawn(state.params), drawn(state.frozen)
     found, sums = jax.jit(run.sums)(params, batch, key, frozen)
     merged = run.whole(params, frozen)
     wanted, same = jax.jit(plain.sums)(merged, batch, key)

@@ -5,12 +5,31 @@ published class is made with: input_size, patch_size, in_channels, hidden_size, 
 num_classes, learn_sigma.
 """
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from dit_video.model import sincos_table
 from dit_video.weights import Rule, dense, export_weights, import_weights, patch_dense, same
+from dit_video.weights.files import Stored
+
+# diffusers' names of DiT's layers, and DiT's own. q, k and v are apart there; what is in EMBEDDERS is in every block.
+DIFFUSERS_NAMES = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+EMBEDDERS = {
+    "timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "class_embedder.embedding_table": "y_embedder.embedding_table",
+}
 
 
 def arguments(config: Mapping, stride: int = 8) -> dict:
@@ -80,6 +99,55 @@ def rules(config: Mapping) -> list[Rule]:
         *dense("dit/last_mod", "final_layer.adaLN_modulation.1", D, 2 * D),
         *dense("dit/last", "final_layer.linear", D, ours["out_values"]),
     ]
+
+
+def from_diffusers(tensors: Mapping[str, Stored], known: Mapping) -> tuple[dict[str, Stored], dict]:
+    """(tensors, configuration) as DiT has them of those that diffusers has (facebook/DiT-XL-2-256); others as they are.
+
+    known: the file's config.json. A tensor that fits nowhere keeps its name. Reading raises ValueError where the copies
+    of the embedders in its blocks are not one.
+    """
+    if "proj_out_1.weight" not in tensors or "pos_embed.proj.weight" not in tensors:
+        return dict(tensors), dict(known)
+    own, parts, copies = {}, {}, {}
+    for name, stored in tensors.items():
+        layer, dot, kind = name.rpartition(".") if name != "pos_embed.pos_embed" else (name, "", "")
+        at = re.match(r"transformer_blocks\.(\d{1,4})\.", layer)
+        block, inside = (f"blocks.{at[1]}.", layer[at.end() :]) if at else ("", layer)
+        if at and inside.removeprefix("norm1.emb.") in EMBEDDERS:
+            copies.setdefault(EMBEDDERS[inside.removeprefix("norm1.emb.")] + dot + kind, []).append(stored)
+        elif at and inside in ("attn1.to_q", "attn1.to_k", "attn1.to_v"):
+            parts.setdefault(f"{block}attn.qkv.{kind}", {})[inside[-1]] = (name, stored)
+        else:
+            own[block + DIFFUSERS_NAMES[inside] + dot + kind if inside in DIFFUSERS_NAMES else name] = stored
+    own |= {name: _one(name, stored) for name, stored in copies.items()}
+    for name, part in parts.items():
+        own |= {name: _joined([part[x][1] for x in "qkv"])} if len(part) == 3 else dict(part.values())
+    ours = {"input_size": "sample_size", "num_heads": "num_attention_heads"}
+    published = {"_class_name": "DiT"} | {key: known[theirs] for key, theirs in ours.items() if known.get(theirs)}
+    D, _, p = own["x_embedder.proj.weight"].shape[:3]
+    y, x = np.indices([published.get("input_size", 16 * p) // p] * 2).reshape(2, 1, -1)
+    table_1xNxD = np.asarray(sincos_table(np.stack([0 * y, y, x], -1), D))  # computed there too
+    own.setdefault("pos_embed", Stored(table_1xNxD.shape, np.dtype(np.float32), lambda: table_1xNxD))
+    return own, {**known, **published}
+
+
+def _joined(stored: list[Stored]) -> Stored:
+    """Tensors one after the other along their first axis."""
+    shape = (sum(s.shape[0] for s in stored), *stored[0].shape[1:])
+    return Stored(shape, stored[0].dtype, lambda: np.concatenate([np.asarray(s) for s in stored]))
+
+
+def _one(name: str, copies: list[Stored]) -> Stored:
+    """The tensor that all of the copies are."""
+
+    def read():
+        first = np.asarray(copies[0])
+        if any(not np.array_equal(first, np.asarray(other)) for other in copies[1:]):
+            raise ValueError(f"{name!r}, of which each block has a copy, is not the same in all: the model has one.")
+        return first
+
+    return Stored(copies[0].shape, copies[0].dtype, read)
 
 
 def to_ours(state: Mapping[str, np.ndarray], config: Mapping) -> dict:

@@ -14,6 +14,7 @@ from dit_video.weights import Rule, dit, kl, latte, sit, wan, wan_vae
 
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width; Peebles and Xie 2023, table 1
 WAN_HEAD = 128  # width of a head in every published Wan transformer
+WAN_TOKENS = 21 * 30 * 52  # patches of 81 frames at 832x480, which all of them were trained on at least
 # What files are wrapped in: data parallel's and compilers' module names, and those of whole pipelines.
 PREFIXES = ("", "module.", "_orig_mod.", "model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 
@@ -139,6 +140,7 @@ def dit_overrides(published: Mapping) -> dict:
         "text.kind": "labels",
         "text.width": D,
         "text.classes": published["num_classes"],
+        "data.max_tokens": (published["input_size"] // p) ** 2,
         "model.patch": (1, p, p),
         "model.out_channels": C * (2 if published["learn_sigma"] else 1),
         "model.predict": "ddpm",
@@ -151,8 +153,10 @@ def sit_overrides(published: Mapping) -> dict:
 
 
 def latte_overrides(published: Mapping) -> dict:
+    dits = dit_overrides(published)
     more = {"name": "Latte", "data.group_by": "clip"}
-    return dit_overrides(published) | model_overrides(latte.arguments(published)) | more
+    more["data.max_tokens"] = published["num_frames"] * dits["data.max_tokens"]
+    return dits | model_overrides(latte.arguments(published)) | more
 
 
 def dit_theirs(config) -> dict | None:
@@ -318,6 +322,7 @@ def wan_overrides(published: Mapping) -> dict:
         "model.out_channels": published["out_channels"],
         "model.predict": "v",
         "data.group_by": "clip",
+        "data.max_tokens": WAN_TOKENS,
         "sample.steps": 50,
         "sample.shift": 5.0,
         "sample.guidance": 5.0,

@@ -118,7 +118,9 @@ def _open_one(path, entry=None) -> tuple[dict[str, Stored], dict]:
         head = file.read(512)
     if head[:4] == b"PK\x03\x04":
         return open_torch(path, entry), {}
-    if head[257:262] == b"ustar" or head[:1] == b"\x80" or path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+    # The length of a safetensors header may begin with a pickle's first byte; its ninth byte is a brace.
+    old = head[8:9] != b"{" and (head[257:262] == b"ustar" or head[:1] == b"\x80")
+    if old or path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
         kind = "tar" if head[257:262] == b"ustar" else "pickle" if head[:1] == b"\x80" else "unknown"
         raise ValueError(
             f"{path} is no zip of PyTorch 1.6 or later (it is of kind {kind!r}). Where it was made, save it again: "

@@ -1,14 +1,17 @@
 """Weights of Wan's transformer, text and image to video, as diffusers publishes them, as our parameters, and back.
 
-D model width, H heads, K head width, C latent channels. `config` holds the fields of the published
-transformer/config.json. Wan pads its text with zeroed tokens that stay ordinary keys: lay out 512 tokens per prompt
-(text.kind='frozen', text.tokens=512; `frozen.zero_padded`).
+D model width, H heads, K head width, C latent channels, E values that a patch is shown beside its own. `config` holds
+the fields of the published transformer/config.json. Wan pads its text with zeroed tokens that stay ordinary keys: lay
+out 512 tokens per prompt (text.kind='frozen', text.tokens=512; `frozen.zero_padded`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 
+from dit_video.patches import Patches
 from dit_video.weights import Rule, affine, dense, export_weights, import_weights, patch_dense, same
 
 
@@ -108,3 +111,34 @@ def to_ours(state: Mapping[str, np.ndarray], config: Mapping) -> dict:
 def to_theirs(params: Mapping, config: Mapping) -> dict[str, np.ndarray]:
     """The published state dict from our parameters; see `export_weights`."""
     return export_weights(params, rules(config), config["num_layers"])
+
+
+# Image to video
+
+
+def image_channels(codec, image_YxXx3, frames: int) -> np.ndarray:
+    """shown_TxYxXx(st + C): what the image-to-video model is shown of its first frame, in [-1, 1], beside each latent.
+
+    First st flags, 1 where the latent's frames are given, then the latents of the video whose other frames are grey
+    (Wan 2.1, 2025, sec. 5.1). st: the codec's stride in time.
+    """
+    video_FxYxXx3 = np.zeros((frames, *image_YxXx3.shape), np.float32)
+    video_FxYxXx3[0] = image_YxXx3
+    latents_TxYxXxC = codec.encode(video_FxYxXx3)
+    given = np.zeros((*latents_TxYxXxC.shape[:3], codec.stride[0]), np.float32)
+    given[0] = 1
+    return np.concatenate([given, latents_TxYxXxC], -1)
+
+
+def with_channels(velocity: Callable, shown_BxNxE, cells: int) -> Callable:
+    """The velocity of latents alone, from that of a model whose patches hold more channels behind each latent's own.
+
+    shown_BxNxE: these channels, patchified (see `image_channels`); cells: latents in a patch.
+    """
+
+    def narrow(patches: Patches, *more):
+        parts = [a.reshape(*a.shape[:2], cells, -1) for a in (patches.x_BxNxP, shown_BxNxE)]
+        wide_BxNxP = jnp.concatenate(parts, -1).reshape(*shown_BxNxE.shape[:2], -1)
+        return velocity(replace(patches, x_BxNxP=wide_BxNxP), *more)
+
+    return narrow

@@ -32,4 +32,4 @@ def limit(what: str) -> float:
     if name.startswith(("flowmatch_euler", "unipc")):
         return 1e-6
     # See `diffusion.training_errors`: the reference's own float32.
-    return 2e-5 if name == "gradient of the timestep's sinusoids" else 1e-5
+    return 2e-5 if name == "gradient of the frequency that is an ulp off" else 1e-5
