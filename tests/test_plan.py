@@ -153,6 +153,8 @@ OF_FOUR |= {"data.text_length": 512, "data.groups": 32, "data.rows": 8, "data.le
 OF_FOUR |= {"mesh.fsdp": 4, "mesh.sequence": 1}
 ONE_ROW = {"mesh.fsdp": 1, "mesh.sequence": 4, "data.rows": 1, "data.length": 32768, "data.max_tokens": 32768}
 WIDE = {"model.width": 3072, "model.heads": 24, "model.mlp_width": 12288, "model.depth": 12}
+NOT_FITTED = {"model.width": 2048, "model.mlp_width": 8192, "model.depth": 16, "data.rows": 4, "data.length": 8192}
+NOT_FITTED |= {"data.max_tokens": 8192, "mesh.fsdp": 2, "mesh.sequence": 2}
 COMPILED = {  # changes of configs/scale.py, and the bytes of a chip that libtpu 0.0.42.1 needs for v5p, least effort
     "of four": (OF_FOUR, 4_822_314_976),
     "a row in four": (OF_FOUR | ONE_ROW, 4_951_710_080),
@@ -164,6 +166,7 @@ COMPILED = {  # changes of configs/scale.py, and the bytes of a chip that libtpu
     "products kept, wide": (OF_FOUR | WIDE | {"model.remat": "dots"}, 26_556_125_536),
     "all kept": (OF_FOUR | {"model.remat": "none", "data.rows": 4}, 20_494_682_112),
     "all kept, wide": (OF_FOUR | WIDE | {"model.remat": "none", "data.rows": 4}, 40_313_407_616),
+    "not fitted to": (OF_FOUR | NOT_FITTED, 11_594_593_504),
     "Wan-14B of 256": ({}, 14.3 * 2**30),
 }
 

@@ -168,7 +168,7 @@ def test_a_stalled_process_ends_the_run(tmp_path):
     assert ended(both[:1], ENDS)[0] != 0
     both[1].kill()
     both[1].wait()
-    assert "task:1" in printed(workdir, 0)
+    assert "stopped sending heartbeats):\n1\n" in printed(workdir, 0)
 
 
 def children(process):
