@@ -2,6 +2,7 @@
 pip install -e '.[test]'      the tests as well
 pip install -e '.[gpu]'       jax with CUDA 12
 pip install -e '.[hub]'       published weights by their names on the Hugging Face hub
+pip install -e '.[plan]'      the compiler for TPUs, to plan for a pod that is not there
 pip install -e '.[published]' tokenisers of published text encoders
 """
 
@@ -51,6 +52,7 @@ setuptools.setup(
             "tokenizers>=0.20",
         ],
         "gpu": ["jax[cuda12]>=0.10"],
+        "plan": ["jax[tpu]>=0.10"],
         "notebook": ["ipykernel", "matplotlib"],
     },
 )

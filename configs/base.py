@@ -92,7 +92,9 @@ def get_config() -> ml_collections.ConfigDict:
     model.rope_theta = 10_000.0  # longest wavelength of the rotary embedding, in indices / 2 pi
     model.pos_offset = (0.0, -0.5, -0.5)  # added to the indices (t, y, x)
     model.dtype = "float32"  # of the computation; parameters are float32
-    model.remat = "dots"  # 'none', 'dots' or 'full': what the backward pass computes again
+    # What the backward pass computes again: 'none' keeps all, 'dots' keeps products and what was attended, 'full' keeps
+    # each layer's input alone, D values of a patch.
+    model.remat = "dots"
     model.unroll = 1  # layers unrolled in the scan over layers
     model.window = 0  # latent frames, its own among them, that a frame of a causal clip sees; 0 = no clip is causal
 
@@ -131,12 +133,18 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.weight_decay = 0.01
     optimizer.clip = 1.0  # largest gradient norm
     optimizer.muon_lr = 0.02  # peak learning rate of Muon's matrices
-    optimizer.accumulate = 1  # parts that a batch's rows are split in, one after the other
+    optimizer.accumulate = 1  # parts that a batch's rows are split in, one after the other: activations of one alone
+    # The optimizer's state in the host's memory between updates: while gradients are computed, accelerators hold 8
+    # bytes of a parameter less with AdamW, 4 with Muon; each step moves them there and back. No effect on a CPU.
+    optimizer.offload = False
     optimizer.ema = 0.999  # decay of the averaged weights, per step
 
     config.mesh = mesh = ml_collections.ConfigDict()
     mesh.data = -1  # devices along 'data'; -1 = all that are left
-    mesh.fsdp = 1  # devices along 'fsdp', which shards the weights too
+    mesh.fsdp = 1  # devices along 'fsdp', which cuts parameters, averages and optimizer too: 16 bytes each by AdamW
+    mesh.tensor = 1  # devices along 'tensor': heads and the feed-forward's width, with their weights
+    mesh.sequence = 1  # devices along 'sequence': the patches of a row, and the weights as along fsdp
+    mesh.exchange = "ring"  # how attention crosses the cuts of a row: 'ring' or 'all_to_all' (heads must divide)
 
     config.log_every = 20  # steps between metrics
     config.eval_every = 1000  # steps between validation losses; 0 = never

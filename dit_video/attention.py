@@ -97,13 +97,7 @@ def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = N
         return a.reshape(*a.shape[:2], N // size, size, *a.shape[3:])
 
     if span is None or N % block or (2 * reach + 1) * block >= N:
-        size = _query_block(N, B * H * M)
-        if size == N:
-            o, lse = _softmax_attend(q, k, v, q_tag, k_tag, window)
-        else:  # one block of queries after the other, so that no N x M array is ever whole
-            some = lambda part: _softmax_attend(part[0], k, v, part[1:], k_tag, window)
-            o, lse = jax.lax.map(some, tuple(jnp.moveaxis(blocks(a, size), 2, 0) for a in (q, *q_tag)))
-            o, lse = jnp.moveaxis(o, 0, 2), jnp.moveaxis(lse, 0, 2)
+        o, lse = _softmax_attend(q, k, v, q_tag, k_tag, window, query_block(N, B * H * M))
     else:
 
         def around(a):  # each block with the `reach` blocks on either side of it: C x (2 * reach + 1) * block
@@ -111,24 +105,46 @@ def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = N
             return jnp.concatenate([padded[:, :, i : i + N // block] for i in range(2 * reach + 1)], axis=3)
 
         q_tag, k_tag = [blocks(t, block) for t in q_tag], [around(t) for t in k_tag]
-        o, lse = _softmax_attend(blocks(q, block), around(k), around(v), q_tag, k_tag, window)
+        o, lse = _softmax_attend(blocks(q, block), around(k), around(v), q_tag, k_tag, window, None)
     return jnp.swapaxes(o.reshape(B, H, N, K), 1, 2), jnp.swapaxes(lse.reshape(B, H, N), 1, 2)
 
 
-def _query_block(N: int, pairs_per_query: int, most: int = 2**27) -> int:
-    """The largest share of N, halved as long as it divides, whose logits are at most `most`."""
-    size = N
-    while size * pairs_per_query > most and size % 2 == 0:
-        size //= 2
-    return size
+def attend_gradients(q, k, v, q_tag, k_tag, o, lse, do, dlse, window: int | None = None):
+    """dq, dk, dv of `attend` for some of the keys, from the o and lse of all of them (shapes as in `attend`)."""
+    (B, N, H, _), M = q.shape, k.shape[1]
+    q, k, v, o, lse, do, dlse = (jnp.swapaxes(a, 1, 2) for a in (q, k, v, o, lse, do, dlse))
+    q_tag, k_tag = ([t[:, None] for t in tag] for tag in (q_tag, k_tag))
+    saved = q, k, v, q_tag, k_tag, o, lse
+    gradients = _attend_backward(window, query_block(N, B * H * M), saved, (do, dlse))[:3]
+    return tuple(jnp.swapaxes(a, 1, 2) for a in gradients)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _softmax_attend(q, k, v, q_tag, k_tag, window):
+def merge(o_BxNxHxK, lse_BxNxH, more_o_BxNxHxK, more_lse_BxNxH):
+    """o and lse over two sets of keys, float32, from those over each (Milakov and Gimelshein 2018, sec. 3.1)."""
+    top = jnp.maximum(lse_BxNxH, more_lse_BxNxH)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    one, other = jnp.exp(lse_BxNxH - top), jnp.exp(more_lse_BxNxH - top)
+    total = one + other
+    share = lambda weight: (weight / jnp.where(total > 0, total, 1))[..., None]
+    o = share(one) * o_BxNxHxK.astype(jnp.float32) + share(other) * more_o_BxNxHxK.astype(jnp.float32)
+    return o, jnp.log(total) + top
+
+
+def query_block(N: int, pairs_per_query: int, most: int = 2**27) -> int:
+    """The largest divisor of N of which as many queries have at most `most` logits."""
+    return next(N // n for n in range(1, N + 1) if N % n == 0 and (N // n * pairs_per_query <= most or n == N))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _softmax_attend(q, k, v, q_tag, k_tag, window, size):
     """q_...xNxK, k and v_...xMxK, tags_...xN and _...xM -> o_...xNxK, lse_...xN, float32.
 
+    size: queries (axis 2) taken at a time, in either pass, so that no N x M array is ever whole; None = all of them.
     The backward pass computes the weights again from lse (Dao et al. 2022, alg. 4), so that no N x M array is kept.
     """
+    if size not in (None, q.shape[2]):
+        some = lambda part: _softmax_attend(part[0], k, v, part[1:], k_tag, window, None)
+        return jax.tree.map(_joined, jax.lax.map(some, jax.tree.map(lambda a: _blocks(a, size), (q, *q_tag))))
     logits = _logits(q, k, q_tag, k_tag, window)
     top = logits.max(-1, keepdims=True)
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
@@ -138,21 +154,41 @@ def _softmax_attend(q, k, v, q_tag, k_tag, window):
     return o, jnp.where(some, jnp.log(jnp.where(some, total, 1)) + top, -jnp.inf)[..., 0]
 
 
+def _blocks(a, size):  # axis 2 in blocks of `size`, one after the other along a new first axis
+    return jnp.moveaxis(a.reshape(*a.shape[:2], -1, size, *a.shape[3:]), 2, 0)
+
+
+def _joined(a):  # its inverse
+    a = jnp.moveaxis(a, 0, 2)
+    return a.reshape(*a.shape[:2], -1, *a.shape[4:])
+
+
 def _logits(q, k, q_tag, k_tag, window):
     scaled = q * q.shape[-1] ** -0.5
     logits = jnp.einsum("...nk,...mk->...nm", scaled, k, preferred_element_type=jnp.float32)
     return jnp.where(sees(q_tag, k_tag, window), logits, -jnp.inf)
 
 
-def _attend_forward(q, k, v, q_tag, k_tag, window):
+def _attend_forward(q, k, v, q_tag, k_tag, window, size):
     # Named, so that a checkpoint policy can keep them: a layer's backward pass then needs no second forward one.
-    o, lse = (checkpoint_name(a, "attended") for a in _softmax_attend(q, k, v, q_tag, k_tag, window))
+    o, lse = (checkpoint_name(a, "attended") for a in _softmax_attend(q, k, v, q_tag, k_tag, window, size))
     return (o, lse), (q, k, v, q_tag, k_tag, o, lse)
 
 
-def _attend_backward(window, saved, gradients):
+def _attend_backward(window, size, saved, gradients):
     q, k, v, q_tag, k_tag, o, lse = saved
     do, dlse = gradients
+    if size not in (None, q.shape[2]):
+
+        def add(total, part):
+            q, q_tag, *rest = part
+            dq, dk, dv, *_ = _attend_backward(window, None, (q, k, v, q_tag, k_tag, *rest[:2]), rest[2:])
+            return (total[0] + dk, total[1] + dv), dq
+
+        parts = jax.tree.map(lambda a: _blocks(a, size), (q, q_tag, o, lse, do, dlse))
+        zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+        (dk, dv), dq = jax.lax.scan(add, zeros, parts)
+        return _joined(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None
     weights = jnp.exp(_logits(q, k, q_tag, k_tag, window) - jnp.where(jnp.isfinite(lse), lse, 0)[..., None])
     dv = jnp.einsum("...nm,...nk->...mk", weights.astype(do.dtype), do)
     dweights = jnp.einsum("...nk,...mk->...nm", do, v, preferred_element_type=jnp.float32)

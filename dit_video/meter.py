@@ -67,20 +67,19 @@ def by_level(name: str, sum_Q, weight_Q) -> dict[str, float]:
     }
 
 
-def global_counts(counts: dict, local: Batch) -> dict:
-    """Counts of all processes' rows, taking this one's for typical, and the model's work on them, when asked for."""
-    processes = jax.process_count()
+def global_counts(counts: dict, local: Batch, shares: int) -> dict:
+    """Counts of all `shares` of the rows, taking this one for typical, and the model's work on them, when asked for."""
     seg_BxN, prompt_BxS = np.asarray(local.patches.seg_BxN), np.asarray(local.prompt_BxS)
-    groups = local.patches.seg_BxG.size * processes
+    groups = local.patches.seg_BxG.size * shares
 
     def work(model):
         lengths = [np.bincount(row, minlength=row.max() + 1)[1:] for row in seg_BxN]
         texts = [np.bincount(row, minlength=len(n) + 1)[1 : len(n) + 1] for row, n in zip(prompt_BxS, lengths)]
-        return processes * macs(model, np.concatenate(lengths).tolist(), np.concatenate(texts).tolist()) + (
+        return shares * macs(model, np.concatenate(lengths).tolist(), np.concatenate(texts).tolist()) + (
             macs(model, [], [], groups) - macs(model, [], [], 1)
         )
 
-    return counts | {k: counts[k] * processes for k in ("patches", "text", "clips")} | {"macs": work}
+    return counts | {k: counts[k] * shares for k in ("patches", "text", "clips")} | {"macs": work}
 
 
 def matmul_peak(dtype, side: int = 1536) -> float:

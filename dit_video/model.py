@@ -5,6 +5,7 @@ D model width, H heads, K head width, F width of the feed-forward, L layers, M c
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,8 @@ import numpy as np
 
 from dit_video.attention import attend, layer_norm, matmul, rms_norm, rope_angles, rotate, sinusoids, spread
 from dit_video.patches import Cond, Patches
+from dit_video.sequence import attend_across, attend_to_all
+from dit_video.sharding import ROWS, along, gathered
 
 POSITION_FEATURES, POSITION_PERIOD = 32, 100.0  # of each axis in position='both'
 
@@ -81,6 +84,7 @@ class DiT(nn.Module):
     span: the longest clip's patches, if the caller promises one (see `attend`).
     window: latent frames, its own among them, that a frame of a causal clip sees (patches.block_BxN); None = all
         before it. With rope it alone tells a causal clip's times: it looks the same at any time of a long video.
+    mesh, exchange: the devices that the arrays lie along, and how attention crosses the cuts of a row (`sequence.py`).
     """
 
     patch_values: int
@@ -109,14 +113,19 @@ class DiT(nn.Module):
     unroll: int = 1
     span: int | None = None
     window: int | None = None
+    mesh: jax.sharding.Mesh | None = None
+    exchange: str = "ring"
 
     @nn.compact
     def __call__(self, patches: Patches, cond: Cond | None, cache: Cache | None = None):
         """The network's raw output, out_BxNx(out_values); padding is zeroed on entry.
 
         cache: the clean frames before those of `patches`. Returns then (out, the cache with the keys and values of
-        `patches` appended), which is for the frames after them, if `patches` are clean.
+        `patches` appended), which is for the frames after them, if `patches` are clean. Raises ValueError for one on a
+        mesh.
         """
+        if cache is not None and self.mesh is not None:
+            raise ValueError("a cache of the frames before goes with no mesh: its rows are whole. Leave out either.")
         D, dtype = self.width, self.dtype
         real_BxN = patches.seg_BxN != 0
         index_BxNx3 = patches.pos_BxNx3 * jnp.array(self.pos_scale) + jnp.array(self.pos_offset)
@@ -200,11 +209,11 @@ class DiT(nn.Module):
             for i, attended in enumerate(self.attention_pattern):
                 if "time_BxNxD" in context and i == self.attention_pattern.index("time"):
                     h = h + jnp.where(first, context["time_BxNxD"], 0)
-                here = {k: v[i].astype(self.dtype) for k, v in w.items()}, h, context, attended
+                used = {k: gathered(self.mesh, f"block_{k}", v[i].astype(self.dtype)) for k, v in w.items()}
                 if past is None:
-                    h = block(self, *here)
+                    h = along(self.mesh, block(self, used, h, context, attended), ROWS, "sequence")
                 else:
-                    h, kv = block(self, *here, jax.tree.map(lambda a, i=i: a[i], past))
+                    h, kv = block(self, used, h, context, attended, jax.tree.map(lambda a, i=i: a[i], past))
                     new.append(kv)
             return h, jax.tree.map(lambda *a: jnp.stack(a), *new) if new else None
 
@@ -288,7 +297,7 @@ def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str, past=None):
     patches' own keys and values).
     """
     B, N, D = h_BxNxD.shape
-    dense = lambda x, name: matmul(x, w[name]) + w[f"{name}_bias"]
+    dense = lambda x, name: _product(m, x, w[name]) + w[f"{name}_bias"]
     heads = lambda x: x.reshape(B, -1, m.heads, D // m.heads)
 
     def normed(x_BxNxD, name):
@@ -299,7 +308,7 @@ def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str, past=None):
     if m.modulation == "shared":
         mod_BxGx6D = context["mod_BxGx6D"] + w["mod_table"]
     else:
-        mod_BxGx6D = dense(context["c_BxGxD"], "mod")
+        mod_BxGx6D = along(m.mesh, dense(context["c_BxGxD"], "mod"), ROWS)
     shift1, scale1, gate1, shift2, scale2, gate2 = (
         spread(part, context["group_BxN"]) for part in jnp.split(mod_BxGx6D, 6, -1)
     )
@@ -309,8 +318,13 @@ def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str, past=None):
     if context["rope"] is not None:
         q, k = rotate(q, *context["rope"]), rotate(k, *context["rope"])
     tag, new = context["tags"][attended], (k, v)
+    if m.mesh is None:
+        attend_row, attend_text = attend, attend
+    else:
+        attend_row = functools.partial(attend_across, m.mesh, m.exchange)
+        attend_text = functools.partial(attend_to_all, m.mesh)
     if past is None:
-        o, _ = attend(q, k, v, tag, tag, window=m.window, span=m.span)
+        o, _ = attend_row(q, k, v, tag, tag, window=m.window, span=m.span)
     else:
         join = lambda old, new: jnp.concatenate([old, new], 1)
         k_tag = jax.tree.map(join, context["past_tags"][attended], tag)
@@ -322,11 +336,11 @@ def block(m: DiT, w: dict, h_BxNxD, context: dict, attended: str, past=None):
         q = normed(dense(x_BxNxD, "text_q"), "text_q_norm")
         text = context["text_BxSxD"]
         k, v = normed(dense(text, "text_k"), "text_k_norm"), heads(dense(text, "text_v"))
-        o, _ = attend(q, k, v, context["prompt_tag"], context["text_tag"])
+        o, _ = attend_text(q, k, v, context["prompt_tag"], context["text_tag"])
         if m.image_width:
             image = context["image_BxIxD"]
             k, v = normed(dense(image, "image_k"), "image_k_norm"), heads(dense(image, "image_v"))
-            o = o + attend(q, k, v, context["prompt_tag"], context["image_tag"])[0]
+            o = o + attend_text(q, k, v, context["prompt_tag"], context["image_tag"])[0]
         h_BxNxD = h_BxNxD + dense(o.reshape(B, N, D), "text_o")
 
     x_BxNxD = layer_norm(h_BxNxD) * (1 + scale2) + shift2
@@ -339,7 +353,12 @@ def _dense(module, name, n_in, n_out, zero=False, normal=None):
     init = nn.initializers.zeros if zero else nn.initializers.xavier_uniform()
     weight = module.param(name, nn.initializers.normal(normal) if normal else init, (n_in, n_out), jnp.float32)
     bias = module.param(f"{name}_bias", nn.initializers.zeros, (n_out,), jnp.float32)
-    return lambda x: matmul(x, weight.astype(x.dtype)) + bias.astype(x.dtype)
+    return lambda x: _product(module, x, along(module.mesh, weight.astype(x.dtype))) + bias.astype(x.dtype)
+
+
+def _product(m: DiT, x_, w):
+    """x @ w; where N is cut, without the flattening of `matmul`, for which devices would have to gather rows."""
+    return x_ @ w if m.mesh is not None and m.mesh.shape["sequence"] > 1 else matmul(x_, w)
 
 
 def sincos(index_, width: int):
@@ -411,8 +430,11 @@ def macs(m: DiT, clip_lengths, text_lengths=(), groups: int = 1) -> int:
     return L * layer + total
 
 
-def make_model(config, channels: int, span: int | None = None) -> DiT:
-    """The DiT of `config.model` over a codec's channels; span: the longest clip's patches, promised by the packer."""
+def make_model(config, channels: int, span: int | None = None, mesh=None) -> DiT:
+    """The DiT of `config.model` over a codec's channels; span: the longest clip's patches, promised by the packer.
+
+    mesh: the devices that the rows' arrays lie along; None = attention needs no word of where they lie.
+    """
     m = config.model
     if m.width % m.heads or (m.position != "table" and (m.width // m.heads) % 2):
         raise ValueError(f"model.width={m.width} does not split into model.heads={m.heads} heads of even width.")
@@ -441,6 +463,8 @@ def make_model(config, channels: int, span: int | None = None) -> DiT:
         dtype=jnp.dtype(m.dtype),
         span=span,
         window=m.window or None,
+        mesh=mesh,
+        exchange=config.mesh.exchange,
         **{
             key: m[key]
             for key in "width depth heads mlp_width modulation position qk_norm text text_norm text_pool image_width "

@@ -1,46 +1,184 @@
-"""The mesh, and which axis of which array lies along it. One page for every axis.
+"""The mesh's four axes, and what lies along each. One page for every axis.
 
-Rows of a batch lie along 'data' and 'fsdp' together; weights along 'fsdp'.
+B rows, N patches per row, D model width, H heads, F width of the feed-forward, L layers.
+
+    axis      of activations   of parameters, their averages and the optimizer's state
+    data      B                copies; slices, and hosts, of a job lie along it
+    fsdp      B                cut, and gathered layer by layer where they are used (ZeRO-3; Rajbhandari et al. 2020)
+    tensor    H, F             cut so that each device computes its own heads and its own part of F, with no gathering
+    sequence  N                cut, as along fsdp; attention crosses the cuts (`sequence.py`)
 """
+
+import re
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor", "sequence")
+ROWS = ("data", "fsdp")
+SHARE = ("fsdp", "sequence")  # what cuts weights that are gathered for use
+ALL = ("fsdp", "sequence", "tensor")
+EXCHANGES = ("ring", "all_to_all")
+HOST = "pinned_host"
 
-
-def make_mesh(config) -> jax.sharding.Mesh:
-    """The mesh of `config.mesh` over all devices. Raises ValueError where the axes do not multiply to them."""
-    devices = jax.device_count()
-    fsdp = config.fsdp
-    data = devices // max(fsdp, 1) if config.data == -1 else config.data
-    if fsdp < 1 or data * fsdp != devices:
-        raise ValueError(f"mesh.data={config.data} x mesh.fsdp={fsdp} do not make the {devices} devices there are.")
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
-
-
-def batch_sharding(mesh, axis: int = 0) -> NamedSharding:
-    """Rows, at the given axis, over all devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXES))
-
-
-def state_shardings(abstract, mesh):
-    """A sharding per leaf: a matrix's largest axis that fsdp divides lies along it (never the stacked layers')."""
-    fsdp = mesh.shape["fsdp"]
-
-    def rule(leaf):
-        spec = [None] * leaf.ndim
-        if leaf.ndim >= 2 and fsdp > 1:
-            axes = [a for a in range(leaf.ndim - 2, leaf.ndim) if leaf.shape[a] % fsdp == 0]
-            if axes:
-                spec[max(axes, key=lambda a: leaf.shape[a])] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(rule, abstract)
+# A parameter's name -> what its axes lie along. The first that matches holds. Where an axis of the mesh does not
+# divide an axis of an array, the array is left whole along it. Vectors and scalars are copied.
+RULES = {
+    # The blocks, [L, in, out] (Shoeybi et al. 2019, sec. 3): into heads and F, out of them, and their biases [L, out].
+    r"block_((text_|image_)?[qkv]|mlp_in|mod)": PartitionSpec(None, SHARE, "tensor"),
+    r"block_((text_)?o|mlp_out)": PartitionSpec(None, "tensor", SHARE),
+    r"block_((text_|image_)?[qkv]|mlp_in)_bias": PartitionSpec(None, "tensor"),
+    # Embeddings, the last layer and text encoders, [in, out].
+    r"last": PartitionSpec(ALL, None),
+    r"(patch|position|mod|last_mod)|(level|image|text)_(in|out)|text_pool": PartitionSpec(None, ALL),
+    r"kernel|embedding|table": PartitionSpec(None, ALL),
+    # Low-rank factors of the blocks' matrices, [L, in, r] and [L, r, out].
+    r"a": PartitionSpec(None, SHARE, None),
+    r"b": PartitionSpec(None, None, SHARE),
+    # The blocks' other vectors, [L, out].
+    r"block_\w+_(bias|gain|norm|table)": PartitionSpec(),
+}
 
 
-def global_batch(local, mesh):
-    """Global arrays from each process's own rows of a batch (a pytree of numpy arrays)."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), local)
+def make_mesh(config, devices=None) -> Mesh:
+    """The mesh of `config.mesh` over `devices` (by default all there are), several slices along 'data'.
+
+    Raises ValueError where the axes do not multiply to the devices, or the slices do not divide 'data'.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = {axis: config[axis] for axis in AXES}
+    given = " x ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    if sizes["data"] == -1:
+        sizes["data"] = len(devices) // max(config.fsdp * config.tensor * config.sequence, 1)
+    shape = tuple(sizes.values())
+    if min(shape) < 1 or np.prod(shape) != len(devices):
+        raise ValueError(f"{given} do not make the {len(devices)} devices there are.")
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if sizes["data"] % slices:
+        raise ValueError(f"mesh.data={sizes['data']} must be a multiple of the {slices} slices there are.")
+    within, across = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+
+
+def check_layout(config, mesh: Mesh) -> None:
+    """Raises ValueError where the mesh's axes do not divide what lies along them."""
+    data, fsdp, tensor, sequence = (mesh.shape[axis] for axis in AXES)
+    rows, parts, m = config.data.rows, config.optimizer.accumulate, config.model
+    if parts < 1 or rows % parts or (rows // parts) % (data * fsdp):
+        raise ValueError(
+            f"data.rows={rows} do not split into optimizer.accumulate={parts} parts over mesh.data={data} x "
+            f"mesh.fsdp={fsdp} devices. Give a multiple of {max(parts, 1) * data * fsdp}."
+        )
+    for name, whole, axis in (
+        ("data.length", config.data.length, "sequence"),
+        ("model.heads", m.heads, "tensor"),
+        ("model.mlp_width", m.mlp_width, "tensor"),
+    ):
+        if whole % mesh.shape[axis]:
+            raise ValueError(f"{name}={whole} must be a multiple of mesh.{axis}={mesh.shape[axis]}.")
+    if config.mesh.exchange not in EXCHANGES:
+        raise ValueError(f"mesh.exchange={config.mesh.exchange!r} is not known. Allowed: 'ring', 'all_to_all'.")
+    if config.mesh.exchange == "all_to_all" and (m.heads // tensor) % sequence:
+        raise ValueError(
+            f"mesh.exchange='all_to_all' gives each of mesh.sequence={sequence} devices whole heads, and "
+            f"model.heads={m.heads} over mesh.tensor={tensor} do not divide by it. Use 'ring', or more heads."
+        )
+
+
+def along(mesh: Mesh | None, array, *axes):
+    """The array, laid along the given axes of the mesh (None: copied); without a mesh, as it is."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def gathered(mesh: Mesh | None, name: str, w):
+    """One layer of a block's weight as it is used: whole along fsdp and sequence, cut along tensor. name: see RULES."""
+    if mesh is None:
+        return w
+    used = [axis if axis == "tensor" else None for axis in _spec(name, (1, *w.shape), mesh)[1:]]
+    return along(mesh, w, *used)
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Rows, at the given axis, over all devices that take rows."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
+
+
+def batch_shardings(batch, mesh: Mesh):
+    """A sharding per array of a Batch: rows, and N of those whose name says that they have it (..._BxN...)."""
+
+    def rule(path, _):
+        return NamedSharding(mesh, PartitionSpec(ROWS, "sequence" if "_BxN" in path[-1].name else None))
+
+    return jax.tree_util.tree_map_with_path(rule, batch)
+
+
+def state_shardings(abstract, mesh: Mesh, offload: bool = False):
+    """A sharding per leaf of a State (or of its parameters), by RULES on its name.
+
+    offload: the optimizer's arrays lie in the host's memory. Raises ValueError for a parameter without a rule, and
+    where the backend cannot offload.
+    """
+    if offload:
+        require_host_memory(mesh.devices.flat[0])
+
+    def rule(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        host = offload and leaf.ndim and getattr(path[0], "name", "") == "opt_state"
+        spec = _spec(names[-1], leaf.shape, mesh) if leaf.ndim > 1 else PartitionSpec()
+        return NamedSharding(mesh, spec, memory_kind=HOST if host else None)
+
+    return jax.tree_util.tree_map_with_path(rule, abstract)
+
+
+def _spec(name: str, shape, mesh: Mesh) -> PartitionSpec:
+    rule = next((spec for pattern, spec in RULES.items() if re.fullmatch(pattern, name)), None)
+    if rule is None:
+        raise ValueError(f"parameter {name!r} {shape} has no rule: give it one in sharding.RULES.")
+
+    def that_divide(axes, size):
+        axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        while axes and size % int(np.prod([mesh.shape[axis] for axis in axes])):
+            axes = axes[:-1]
+        return axes or None
+
+    return PartitionSpec(*(that_divide(axes, size) for axes, size in zip(rule, shape)))
+
+
+def require_host_memory(device) -> None:
+    """Raises ValueError where a device's program cannot keep arrays in the memory of its host."""
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if HOST not in kinds:
+        raise ValueError(f"optimizer.offload=True needs {HOST} memory; {device.platform} devices have {kinds} alone.")
+
+
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which share of the global batch's rows this process reads, of how many.
+
+    Processes among which a row is cut (sequence, tensor) read the same rows. Raises ValueError for a mesh that gives
+    processes overlapping rows that are not the same.
+    """
+    place = np.arange(mesh.shape["data"] * mesh.shape["fsdp"]).reshape(mesh.shape["data"], mesh.shape["fsdp"], 1, 1)
+    rows_of = {}
+    for device, row in zip(mesh.devices.flat, np.broadcast_to(place, mesh.devices.shape).flat):
+        rows_of.setdefault(device.process_index, set()).add(int(row))
+    shares = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
+    if len({len(share) for share in shares}) > 1 or sum(map(len, shares)) != place.size:
+        raise ValueError(f"the mesh {dict(mesh.shape)} cuts rows unevenly among processes: {shares}.")
+    return shares.index(tuple(sorted(rows_of[jax.process_index()]))), len(shares)
+
+
+def global_batch(local, mesh: Mesh):
+    """Global arrays from the rows that each process reads (a Batch of numpy arrays, whole along N)."""
+    count = row_share(mesh)[1]
+
+    def whole(array, sharding):
+        array = np.asarray(array)
+        shape = (array.shape[0] * count, *array.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+
+    return jax.tree.map(whole, local, batch_shardings(local, mesh))

@@ -14,6 +14,7 @@ from dit_video.codecs import make_codec
 from dit_video.flow import BUCKETS, corrupt, draw_levels, loss_sums, named_key, patch_noise, per_patch
 from dit_video.model import block_parameters, make_model
 from dit_video.patches import Batch, Cond, Patches
+from dit_video.sharding import along, check_layout
 from dit_video.text import make_text
 from dit_video.weights import lora
 from dit_video.weights.diffusion import make_velocity
@@ -102,10 +103,16 @@ class Run:
     evaluate: Any
 
 
-def make_run(config) -> Run:
-    """Builds what `train` jits. Raises ValueError for a config that cannot be run."""
+def make_run(config, mesh=None) -> Run:
+    """Builds what `train` jits. Raises ValueError for a config that cannot be run, or not on this mesh.
+
+    mesh: what the arrays will lie along (`sharding.py`); None = one device, or rows alone along devices.
+    """
+    if mesh is not None:
+        check_layout(config, mesh)
+        mesh = mesh if mesh.size > 1 else None
     codec, text = make_codec(config.codec), make_text(config.text)
-    model = make_model(config, codec.channels, span=config.data.max_tokens)
+    model = make_model(config, codec.channels, span=config.data.max_tokens, mesh=mesh)
     optimizer, velocity = make_optimizer(config, model), make_velocity(model, config)
     abstract = abstract_batch(config, model, text)
 
@@ -138,7 +145,8 @@ def make_run(config) -> Run:
         level_BxN = per_patch(patches.level_BxG, patches)
         z_BxNxP, target_BxNxP = corrupt(noise_BxNxP, clean_BxNxP, level_BxN)
         ids, prompt_BxS = text.drop(batch.ids_BxSxK, batch.prompt_BxS, drop_BxS)
-        cond = Cond(text.module.apply({"params": params["text"]}, ids, prompt_BxS), prompt_BxS)
+        text_params = jax.tree.map(lambda w: along(mesh, w), params["text"])  # small: gathered as one
+        cond = Cond(text.module.apply({"params": text_params}, ids, prompt_BxS), prompt_BxS)
         v_BxNxP, _ = velocity(params["dit"], dataclasses.replace(patches, x_BxNxP=z_BxNxP), cond)
         weight_BxN = jnp.where(patches.seg_BxN != 0, per_patch(weight_BxG, patches), 0)
         if config.model.predict == "ddpm":  # its error of e, as it was trained: the velocity's is 1 / (1 - s) of it
@@ -187,7 +195,10 @@ def make_run(config) -> Run:
             ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, old[1], params)
             return params, ema, opt_state
 
-        old = (state.params, state.ema, state.opt_state)
+        opt_state = state.opt_state
+        if config.optimizer.offload:  # it comes from the host, and goes back there by the step's out_shardings
+            opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
+        old = (state.params, state.ema, opt_state)
         params, ema, opt_state = jax.lax.cond(good, move, lambda old: old, old)
         bad = jnp.where(good, 0, state.bad_steps + 1)
         state = State(state.step + 1, params, ema, opt_state, bad, state.bad_total + ~good, state.frozen)

@@ -1,47 +1,41 @@
 """python -m dit_video.train --config=configs/shapes.py --workdir=runs/shapes [--config.optimizer.lr=3e-4 ...]
 
 Trains, or goes on with, a run. Exit codes: 0 finished, 75 saved after SIGTERM or SIGINT (type the command again),
-1 anything else.
+1 anything else. On several hosts it is the same command on each: a TPU pod, SLURM and Open MPI say who is who; where
+nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do.
 """
 
-import sys
+import functools
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from dit_video import arguments
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's checkpoints, metrics and gallery go; may be remote.")
-
-
-def parse(argv):
-    """absl's parser, but an unknown key, or a config that cannot be read, is one line instead of a traceback."""
-    try:
-        left = app.parse_flags_with_usage(argv)
-        _ = CONFIG.value.name  # a file that is not there is an error only once the config is used
-    except (AttributeError, KeyError, OSError) as error:
-        while isinstance(error.args[0], Exception):
-            error = error.args[0]
-        text = " ".join(str(error.args[0]).split())
-        sys.exit(text if isinstance(error, OSError) else f"the config has no such key: {text}")
-    if len(left) > 1:
-        sys.exit(f"{left[1]!r} is no flag: flags begin with --, as in --config.steps=100.")
-    return left
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; with --coordinator.")
+PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
 
 
 def main(_):
     from dit_video import launch, trainer
     from dit_video.checkpoint import CheckpointError
 
-    launch.prepare()
     try:
+        launch.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        launch.prepare()
         trainer.train(CONFIG.value, WORKDIR.value)
     except (ValueError, FloatingPointError, FileNotFoundError, CheckpointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        launch.fail(error, expected=True)
+    except Exception as error:
+        launch.fail(error, expected=False)
 
 
 def run():
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=functools.partial(arguments.parse, CONFIG))
 
 
 if __name__ == "__main__":

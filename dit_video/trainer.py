@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import signal
 import time
@@ -29,7 +30,7 @@ from dit_video.gallery import Sample, grow
 from dit_video.meter import Meter, by_level, count_compilations, global_counts, matmul_peak
 from dit_video.metrics import MetricsWriter, Progress
 from dit_video.patches import Batch
-from dit_video.sharding import batch_sharding, global_batch, make_mesh, state_shardings
+from dit_video.sharding import batch_shardings, global_batch, make_mesh, row_share, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
 from dit_video.tasks import Request
 from dit_video.weights import lora
@@ -51,11 +52,6 @@ def check_config(config) -> None:
     for name in ("steps", "log_every", "checkpoint_every", "keep"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1.")
-    rows, parts = config.data.rows, config.optimizer.accumulate
-    if parts < 1 or rows % parts or (rows // parts) % jax.device_count():
-        raise ValueError(
-            f"data.rows={rows} do not split into optimizer.accumulate={parts} parts over {jax.device_count()} devices."
-        )
     for name, value in (("text.dropout", config.text.dropout), ("optimizer.decay", config.optimizer.decay)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}={value} is a share: give 0 to 1.")
@@ -72,17 +68,17 @@ def train(config, workdir) -> State:
     # The config.
     check_config(config)
     workdir = epath.Path(workdir)
-    run, mesh, first = make_run(config), make_mesh(config.mesh), jax.process_index() == 0
+    mesh, first = make_mesh(config.mesh), jax.process_index() == 0
+    run = make_run(config, mesh)
     # On every device: the transfer guard forbids to bring it there step by step.
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
-    with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints:
+    with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _StopRequests() as stop:
         _require_same_config(checkpoints.config(), config)
 
         # The state, in its shardings from the first moment.
-        abstract = jax.eval_shape(run.init, key)
-        shardings = state_shardings(abstract, mesh)
-        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        abstract = abstract_state(run, mesh)
+        shardings = jax.tree.map(lambda a: a.sharding, abstract)
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, start, extra = restored.state, restored.step, restored.extra
@@ -100,7 +96,7 @@ def train(config, workdir) -> State:
 
         # The data.
         scanned = workdir / "media_cache.jsonl"
-        share = (jax.process_index(), jax.process_count(), scanned)
+        share = (*row_share(mesh), scanned)
         loader = make_loader(config, run.text.tokenise, run.codec, "train", *share)
         if first and loader.report:
             _report_media(loader.report, workdir)
@@ -109,23 +105,17 @@ def train(config, workdir) -> State:
         held_out = _held_out(config, run, mesh, share) if config.eval_every else []
 
         # The step, compiled once: another shape would be an error, not a recompilation.
-        batch_shape = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=batch_sharding(mesh)),
-            abstract_batch(config, run.model, run.text),
-        )
         began = time.monotonic()
-        step_fn = jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)).lower(abstract, batch_shape, key)
-        step_fn = step_fn.compile()
+        step_fn = trace_step(run, mesh).lower().compile()
         evaluate = jax.jit(run.evaluate)
         whole = jax.jit(run.whole) if config.lora.rank else run.whole
         logging.info("compiled the step in %.1f s", time.monotonic() - began)
         compilations = count_compilations()
         peak = matmul_peak(run.model.dtype)
 
-        stop = _StopRequests()
         meter = Meter(config, run.model, peak, extra.get("meter", []))
         open_writer = MetricsWriter(workdir, start) if first else contextlib.nullcontext()
-        with contextlib.closing(loader), stop, open_writer as writer, Progress(config.steps, start) as progress:
+        with contextlib.closing(loader), open_writer as writer, Progress(config.steps, start) as progress:
 
             def save(step, loader_state, wait=False):
                 if first:
@@ -148,7 +138,7 @@ def train(config, workdir) -> State:
 
             # The loop.
             local = next(loader)
-            batch, counts = global_batch(local, mesh), global_counts(fill(local), local)
+            batch, counts = global_batch(local, mesh), global_counts(fill(local), local, share[1])
             late = None
             for step in range(start + 1, config.steps + 1):
                 with jax.transfer_guard("disallow"):
@@ -156,12 +146,12 @@ def train(config, workdir) -> State:
                 loader_state, done = loader.get_state(), (step, metrics, counts)
                 if step < config.steps:
                     local = next(loader)
-                    batch, counts = global_batch(local, mesh), global_counts(fill(local), local)
+                    batch, counts = global_batch(local, mesh), global_counts(fill(local), local, share[1])
                 if late:
                     read(*late)
                 late = done
                 checkpoints.check()
-                stopping = stop.agreed()
+                stopping = stop.agreed(step)
                 final = step == config.steps
                 evaluating = config.eval_every and (step % config.eval_every == 0 or final)
                 sampling = final or (config.sample_every and step % config.sample_every == 0)
@@ -192,6 +182,25 @@ def train(config, workdir) -> State:
         if first:
             print(f"finished: {config.steps} steps. Look at {workdir / 'gallery' / 'index.html'}")
     return state
+
+
+def abstract_state(run: Run, mesh) -> State:
+    """The state's shapes, dtypes and shardings on a mesh."""
+    abstract = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.tree.map(_placed, abstract, state_shardings(abstract, mesh))
+
+
+def trace_step(run: Run, mesh) -> jax.stages.Traced:
+    """The step of `train` for a mesh, whose devices need not be there; nothing is allocated."""
+    state, batch = abstract_state(run, mesh), abstract_batch(run.config, run.model, run.text)
+    batch = jax.tree.map(_placed, batch, batch_shardings(batch, mesh))
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), NamedSharding(mesh, PartitionSpec()))
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    return jax.jit(run.step, donate_argnums=0, out_shardings=(shardings, None)).trace(state, batch, key)
+
+
+def _placed(array, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _held_out(config, run: Run, mesh, share) -> list[Batch]:
@@ -397,13 +406,19 @@ def _all_shards(own: dict) -> dict:
 
 
 class _StopRequests:
-    """SIGTERM and SIGINT, noted; the loop asks between steps. All processes stop at the same step."""
+    """SIGTERM and SIGINT, noted; the loop asks between steps. All processes stop at the same step.
+
+    Of several processes jax's preemption service takes SIGTERM: asking costs nothing while nobody got one, and a
+    signal to any of them stops all.
+    """
 
     def __enter__(self):
-        self.asked = False
+        self.asked, self._several = False, jax.process_count() > 1
         note = lambda *_: setattr(self, "asked", True)
+        terminate = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+        handlers = {signal.SIGINT: terminate} if self._several else {signal.SIGTERM: note, signal.SIGINT: note}
         try:
-            self._old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         except ValueError:  # not in the main thread (a notebook's worker): its owner handles signals
             self._old = {}
         return self
@@ -412,9 +427,9 @@ class _StopRequests:
         for s, handler in self._old.items():
             signal.signal(s, handler)
 
-    def agreed(self) -> bool:
-        if jax.process_count() == 1:
+    def agreed(self, step: int) -> bool:
+        if not self._several:
             return self.asked
         from jax.experimental import multihost_utils
 
-        return bool(multihost_utils.process_allgather(np.array(self.asked)).any())
+        return multihost_utils.reached_preemption_sync_point(step)

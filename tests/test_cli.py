@@ -72,7 +72,8 @@ def test_a_config_that_cannot_run(tmp_path):
     code, said, _ = run("train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", *wrong)
     assert (code, said) == (
         1,
-        "ValueError: data.rows=2 do not split into optimizer.accumulate=4 parts over 1 devices.",
+        "ValueError: data.rows=2 do not split into optimizer.accumulate=4 parts over mesh.data=1 x "
+        "mesh.fsdp=1 devices. Give a multiple of 4.",
     )
 
 

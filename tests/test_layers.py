@@ -9,15 +9,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "dit_video"
 # From the bottom up; a new module takes its place here.
 LAYERS = (
-    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch"},
-    {"flow", "codecs", "text", "metrics"},
+    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch", "arguments", "chips", "program"},
+    {"flow", "codecs", "text", "metrics", "sequence"},
     {"sampling"},
     {"model", "tasks", "data"},
     {"weights", "evaluation"},
     {"generate", "step", "requests"},
-    {"meter"},
+    {"meter", "estimate"},
     {"trainer"},
-    {"train", "sample", "evaluate", "convert"},
+    {"planning"},
+    {"train", "sample", "evaluate", "convert", "plan"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # Which keys there are, and what runs did before one was added; and what a converted model's config begins with.
@@ -109,6 +110,7 @@ def test_nothing_needs_another_framework():
 
 # Where other transformers live, none of which is told a level: text encoders, autoencoders, networks of metrics.
 OTHERS = {"text", "codecs", "evaluation"}
+ITSELF = {"attention", "sequence"}  # where attention is computed, on one device and across several
 BLOCK = "model.block"
 ATTENTION = {"attend", "softmax", "dot_product_attention", "MultiHeadDotProductAttention", "SelfAttention"}
 
@@ -128,7 +130,7 @@ def diffusion_blocks(module: str, source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ATTENTION & (names := identifiers(node)):
             has = lambda part, names=names: any(part in name.lower() for name in names)
             modulates = has("modulat") or has("adaln") or (has("shift") and has("gate"))
-            if module != "attention" and (module not in OTHERS or modulates):
+            if module not in ITSELF and (module not in OTHERS or modulates):
                 found.append(f"{module}.{node.name}")
     return found
 

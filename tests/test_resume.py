@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,12 +30,13 @@ RUN = {
 TIMINGS = {"tokens_per_second", "model_flops_per_second", "share_of_matmul_peak", "compilations"}
 
 
-def start(workdir, **overrides):
-    """The train command on one device; what it prints goes to WORKDIR.log."""
+def start(workdir, devices=1, **overrides):
+    """The train command on so many devices of the host; what it prints goes to WORKDIR.log."""
     flags = [f"--config.{key}={value}" for key, value in (TINY | RUN | overrides).items()]
     command = [sys.executable, "-m", "dit_video.train", "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
     with open(f"{workdir}.log", "a") as log:
-        return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, cwd=ROOT, stdout=log, stderr=log)
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
 
 
 def finish(workdir, **overrides):
@@ -181,3 +183,34 @@ def test_finished_runs_and_changed_configs(tmp_path, unbroken):
     code, printed = finish(workdir, steps=36)
     assert code == 0 and "from step 32 to 36" in printed and complete(workdir) == 36
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line][-2:] == [32, 36]
+
+
+def resources(workdir, steps):
+    """What a run of so many steps holds after a fifth of them, and near the end: the least seen within a tenth."""
+    part = steps // 20
+    process = start(workdir, steps=steps, log_every=part, checkpoint_every=part, eval_every=2 * part)
+    seen = {}
+    while process.poll() is None:
+        lines = (workdir / "metrics.jsonl").read_text().count('"loss"') if (workdir / "metrics.jsonl").exists() else 0
+        if lines in (4, 5, 17, 18):
+            of = pathlib.Path(f"/proc/{process.pid}")
+            held = {
+                "MB": int(re.search(r"VmRSS:\s+(\d+)", (of / "status").read_text())[1]) // 1000,
+                "files": len(list((of / "fd").iterdir())),
+                "threads": len(list((of / "task").iterdir())),
+            }
+            least = seen.setdefault(lines < 10, held)
+            seen[lines < 10] = {name: min(held[name], least[name]) for name in held}
+        time.sleep(0.05)
+    assert process.returncode == 0, pathlib.Path(f"{workdir}.log").read_text()
+    return seen[True], seen[False]
+
+
+def flat(early, late):
+    return late["MB"] < early["MB"] + 30 and all(late[name] <= early[name] + 2 for name in ("files", "threads"))
+
+
+def test_a_longer_run_holds_no_more(tmp_path):
+    """Memory, open files and threads after 80 steps and after 340. (10,000 steps: experiments/faults.)"""
+    early, late = resources(tmp_path / "run", 400)
+    assert flat(early, late), (early, late)

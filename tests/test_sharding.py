@@ -1,41 +1,41 @@
-"""The same step on any layout of devices, and the same sums whoever adds them up: jit, pmap, shard_map, processes.
+"""The same step on any layout of devices, and the same sums whoever adds them up: jit, pmap, shard_map.
 
 B rows of the global batch, one for each of eight devices.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_trainer import TINY, Tiny, assert_close, awake, first_batches, tiny
+from test_trainer import Tiny, assert_close, awake, first_batches, tiny
 
-from dit_video import generate
+from configs import dit
 from dit_video.flow import named_key
-from dit_video.metrics import read_metrics
-from dit_video.sharding import AXES, global_batch, make_mesh, state_shardings
-from dit_video.step import make_run
+from dit_video.patches import Cond
+from dit_video.sharding import HOST, ROWS, global_batch, make_mesh, require_host_memory, state_shardings
+from dit_video.step import abstract_batch, make_run
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+FOUR_HEADS = {"data.rows": 8, "model.heads": 4, "optimizer.kind": "adamw", "optimizer.warmup": 0}
+FOUR_HEADS |= {"flow.causal_share": 0.4, "model.window": 2}  # causal clips beside others, across the cuts of a row too
 
 
-def mesh_of(data, fsdp):
-    return make_mesh(ml_collections.ConfigDict({"data": data, "fsdp": fsdp}))
+def mesh_config(data, fsdp=1, tensor=1, sequence=1, exchange="ring"):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    return ml_collections.ConfigDict(sizes | {"exchange": exchange})
+
+
+def mesh_of(*sizes):
+    return make_mesh(mesh_config(*sizes))
 
 
 @pytest.fixture(scope="module")
 def alone():
     """A run of eight rows on one device, and two steps of it."""
-    run = make_run(tiny({"data.rows": 8, "optimizer.kind": "adamw", "optimizer.warmup": 0}))
+    run = make_run(tiny(FOUR_HEADS))
     key = jax.random.key(0)
     state = jax.jit(run.init)(named_key(key, "init"))
     state = dataclasses.replace(state, params=awake(state.params), ema=awake(state.ema))
@@ -44,54 +44,81 @@ def alone():
 
 @pytest.fixture(scope="module")
 def two_steps(alone):
-    state, losses = alone.state, []
+    """(state, metrics) after each."""
+    state, after = alone.state, []
     for batch in alone.batches:
         state, metrics = alone.step(state, batch, alone.key)
-        losses.append(metrics)
-    return state, losses
+        after.append((state, metrics))
+    return after
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (4, 2)])
-def test_any_mesh_gives_the_same_steps(alone, two_steps, data, fsdp):
-    """Losses, by level too, gradients' norms and the weights after two steps (1e-5)."""
-    mesh = mesh_of(data, fsdp)
+def gradients(state):
+    """Adam's first moments: after the first step the gradient, clipped, times 1 - b1."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if ".mu" in jax.tree_util.keystr(path)}
+
+
+slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)  # each is a program of eight devices to compile
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        slow((8,)),
+        slow((1, 8)),
+        slow((4, 2)),
+        (2, 2, 2),
+        (2, 1, 1, 4, "ring"),
+        slow((2, 1, 1, 4, "all_to_all")),
+        slow((1, 2, 2, 2, "ring")),
+    ],
+)
+def test_any_mesh_gives_the_same_steps(alone, two_steps, layout):
+    """Losses, by level too, gradients and the weights after two steps (1e-5); rows of several clips with their text."""
+    config = tiny(FOUR_HEADS)
+    config.mesh = mesh_config(*layout)
+    mesh = make_mesh(config.mesh)
+    run, (data, fsdp, tensor, sequence) = make_run(config, mesh), mesh.devices.shape
     shardings = state_shardings(jax.eval_shape(lambda: alone.state), mesh)
     state = jax.device_put(alone.state, shardings)
-    step = jax.jit(alone.run.step, out_shardings=(shardings, None))
-    for batch, wanted in zip(alone.batches, two_steps[1], strict=True):
+    step = jax.jit(run.step, out_shardings=(shardings, None))
+    for batch, (wanted_state, wanted) in zip(alone.batches, two_steps, strict=True):
         batch = global_batch(batch, mesh)
-        assert all(leaf.addressable_shards[0].data.shape[0] == 1 for leaf in jax.tree.leaves(batch))
+        own = batch.patches.x_BxNxP.addressable_shards[0].data
+        assert own.shape[:2] == (8 // (data * fsdp), config.data.length // sequence)
         state, metrics = step(state, batch, alone.key)
         assert_close(metrics, wanted, 1e-5)
-    assert_close(state.ema, two_steps[0].ema, 1e-5)
+        assert_close(gradients(state), gradients(wanted_state), 1e-5)
+    assert_close(state.ema, wanted_state.ema, 1e-5)
     # Adam divides by the root of a gradient's square: where that is next to nothing, rounding decides.
-    assert_close(state.params, two_steps[0].params, 1e-4)
-    # A device holds its share of the matrices: not all of them, as it would if the rule were idle.
+    assert_close(state.params, wanted_state.params, 1e-4)
+    # A device holds its share of the matrices: not all of them, as it would if the rules were idle.
     held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
     total = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    assert held <= total / fsdp + 0.05 * total
+    assert held <= total / (fsdp * tensor * sequence) + 0.05 * total
 
 
 def summed(alone):
     """Run.sums of this device's rows, added up over the axes 'data' and 'fsdp'."""
-    return lambda params, batch, key, axes=AXES: jax.lax.psum(alone.run.sums(params, batch, key), axes)
+    return lambda params, batch, key, axes=ROWS: jax.lax.psum(alone.run.sums(params, batch, key), axes)
 
 
-def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
+@pytest.mark.parametrize("how", ["pmap", slow("shard_map")])
+def test_pmap_and_shard_map_give_the_sums_of_jit(alone, how):
     """Gradient and sums of eight rows on one device are the psum of those of a row on each of eight (1e-5)."""
     params, batch = alone.state.params, alone.batches[0]
     wanted = jax.jit(alone.run.sums)(params, batch, alone.key)
-    mesh, everywhere, rows = mesh_of(4, 2), PartitionSpec(), PartitionSpec(AXES)
-    mapped = jax.shard_map(
-        summed(alone), mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
-    )
-    put = lambda tree: jax.device_put(tree, NamedSharding(mesh, everywhere))
-    sums = jax.jit(mapped)(put(params), global_batch(batch, mesh), put(alone.key))
-    for part in (0, 1):
-        assert_close(sums[part], wanted[part], 1e-5)
-    each = jax.tree.map(lambda a: a[:, None], batch)
-    mapped = jax.pmap(lambda p, b, k: summed(alone)(p, b, k, "rows"), axis_name="rows", in_axes=(None, 0, None))
-    sums = jax.tree.map(lambda a: a[3], mapped(params, each, alone.key))
+    if how == "pmap":
+        each = jax.tree.map(lambda a: a[:, None], batch)
+        mapped = jax.pmap(lambda p, b, k: summed(alone)(p, b, k, "rows"), axis_name="rows", in_axes=(None, 0, None))
+        sums = jax.tree.map(lambda a: a[3], mapped(params, each, alone.key))
+    else:
+        mesh, everywhere, rows = mesh_of(4, 2), PartitionSpec(), PartitionSpec(ROWS)
+        mapped = jax.shard_map(
+            summed(alone), mesh=mesh, in_specs=(everywhere, rows, everywhere), out_specs=everywhere, check_vma=False
+        )
+        put = lambda tree: jax.device_put(tree, NamedSharding(mesh, everywhere))
+        sums = jax.jit(mapped)(put(params), global_batch(batch, mesh), put(alone.key))
     for part in (0, 1):
         assert_close(sums[part], wanted[part], 1e-5)
     # And `update` takes them from there.
@@ -99,63 +126,78 @@ def test_pmap_and_shard_map_give_the_sums_of_jit(alone):
     assert int(after.step) == 1 and jnp.isfinite(after.params["dit"]["patch"]).all()
 
 
+@pytest.mark.parametrize("kind", [slow("adamw"), "muon"])
+def test_a_state_is_made_in_its_shardings(kind):
+    """The program that makes it holds a device's share alone: no device, and no host, ever has the whole model."""
+    config = tiny(FOUR_HEADS | {"optimizer.kind": kind, "optimizer.offload": True, "model.width": 128})
+    config.mesh = mesh_config(1, 2, 2, 2)
+    mesh = make_mesh(config.mesh)
+    run, key = make_run(config, mesh), jax.random.key(0)
+    abstract = jax.eval_shape(run.init, key)
+    shardings = state_shardings(abstract, mesh, config.optimizer.offload)
+    made = jax.jit(run.init, out_shardings=shardings).lower(key).compile().memory_analysis()
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    assert made.output_size_in_bytes + made.temp_size_in_bytes < 0.5 * whole
+
+
+def test_every_parameter_has_a_rule():
+    """Of the image knob and of text encoders too; one without a rule is refused by name."""
+    mesh, key = mesh_of(1, 2, 2, 2), jax.random.key(0)
+    for config in (tiny(), tiny({"lora.rank": 2}), dit.get_config("S/8")):
+        state_shardings(jax.eval_shape(make_run(config).init, key), mesh)
+    run = make_run(tiny({"model.image_width": 16, "model.qk_norm": "width"}))
+    batch = abstract_batch(run.config, run.model, run.text)
+    tokens = lambda width: jax.ShapeDtypeStruct((*batch.prompt_BxS.shape, width), jnp.float32)
+    cond = Cond(tokens(run.model.text_width), batch.prompt_BxS, tokens(16), batch.prompt_BxS)
+    state_shardings({"dit": jax.eval_shape(run.model.init, key, batch.patches, cond)["params"]}, mesh)
+    with pytest.raises(ValueError, match="parameter 'adapter' .* has no rule"):
+        state_shardings({"dit": {"adapter": jnp.zeros((2, 2))}}, mesh)
+
+
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 2), (3, 1), (-1, 3), (-1, 0)])
 def test_a_mesh_that_does_not_fit_is_refused(data, fsdp):
-    with pytest.raises(ValueError, match=rf"mesh.data={data} x mesh.fsdp={fsdp} do not make the 8 devices"):
+    with pytest.raises(ValueError, match=rf"mesh.data={data} x mesh.fsdp={fsdp} x .* do not make the 8 devices"):
         mesh_of(data, fsdp)
 
 
-PROCESS = """
-import json, sys
-import jax
-address, index, count, overrides, workdir = sys.argv[1:]
-if int(count) > 1:
-    jax.distributed.initialize(address, int(count), int(index))
-assert jax.device_count() == int(count)
-from configs import shapes
-from dit_video import trainer
-config = shapes.get_config()
-config.update_from_flattened_dict(json.loads(overrides))
-trainer.train(config, workdir)
-"""
-
-
-def train_in_processes(count, workdir, **overrides):
-    """A run in `count` processes of one device each, joined by jax.distributed over the loopback."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    arguments = [json.dumps(TINY | overrides), str(workdir)]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, address, str(i), str(count), *arguments], env=env, cwd=ROOT)
-        for i in range(count)
-    ]
-    try:
-        assert [process.wait(600) for process in processes] == [0] * count
-    finally:
-        for process in processes:
-            process.kill()
-    return read_metrics(workdir / "metrics.jsonl")
+@pytest.mark.parametrize(
+    ("layout", "overrides", "message"),
+    [
+        (
+            (8,),
+            {"data.rows": 4},
+            "data.rows=4 do not split into .*=1 parts over mesh.data=8 x mesh.fsdp=1",
+        ),
+        ((1, 1, 1, 8), {"data.length": 100}, "data.length=100 must be a multiple of mesh.sequence=8"),
+        ((1, 1, 8), {}, "model.heads=4 must be a multiple of mesh.tensor=8"),
+        ((1, 1, 1, 8, "all_to_all"), {}, "model.heads=4 over mesh.tensor=1 do not divide by it. Use 'ring'"),
+        ((8, 1, 1, 1, "gossip"), {}, "mesh.exchange='gossip' is not known"),
+    ],
+)
+def test_what_does_not_divide_is_refused(layout, overrides, message):
+    config = tiny(FOUR_HEADS | overrides)
+    config.mesh = mesh_config(*layout)
+    with pytest.raises(ValueError, match=message):
+        make_run(config, make_mesh(config.mesh))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2])
-def test_two_processes_train_as_one(tmp_path, fsdp):
-    """The losses of one process on the same global batch, line for line, and the same weights at the end (1e-4)."""
-    rest = {"optimizer.kind": "adamw", "steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 2}
-    wanted = train_in_processes(1, tmp_path / "one", **rest)
-    lines = train_in_processes(2, tmp_path / "two", **rest, **{"mesh.fsdp": fsdp})
-    same = lambda name: name.startswith(("loss", "validation", "gradient_norm", "clips", "patch_fill", "text_fill"))
-    assert len(lines) == len(wanted) == 6
-    for line, want in zip(lines, wanted, strict=True):
-        assert line["step"] == want["step"] and line.keys() == want.keys()
-        for name in filter(same, want):
-            np.testing.assert_allclose(line[name], want[name], rtol=1e-4, err_msg=f"{name} at step {want['step']}")
-    # The checkpoint, gathered from both, and the file of weights are there for anyone to sample from.
-    one, two = (generate.load(tmp_path / name) for name in ("one", "two"))
-    assert_close(two.params, one.params, 1e-4)
-    assert_close(generate.load(tmp_path / "two" / "weights.safetensors").params, two.params, 1e-2)
-    # And the run of two goes on as one.
-    lines = train_in_processes(1, tmp_path / "two", **rest | {"steps": 5})
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+def test_the_optimizer_offloaded_gives_the_same_step(alone, two_steps):
+    """Its arrays come from the host's memory and return there."""
+    config = tiny(FOUR_HEADS | {"optimizer.offload": True})
+    config.mesh = mesh_config(1, 8)
+    mesh = make_mesh(config.mesh)
+    shardings = state_shardings(jax.eval_shape(lambda: alone.state), mesh, offload=True)
+    step = jax.jit(make_run(config, mesh).step, out_shardings=(shardings, None), donate_argnums=0)
+    copied = jax.device_put(jax.tree.map(jnp.copy, alone.state), shardings)
+    state, metrics = step(copied, global_batch(alone.batches[0], mesh), alone.key)
+    assert_close(metrics, two_steps[0][1], 1e-5)
+    assert_close(gradients(state), gradients(two_steps[0][0]), 1e-5)
+    kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+    assert kinds(state.opt_state) == {HOST} and kinds(state.params) == {"device"}
+
+
+def test_offload_without_host_memory_is_refused():
+    device = types.SimpleNamespace(platform="toaster", addressable_memories=lambda: [])
+    with pytest.raises(ValueError, match="optimizer.offload=True needs pinned_host memory; toaster devices have"):
+        require_host_memory(device)

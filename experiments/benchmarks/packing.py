@@ -36,7 +36,7 @@ def rows_of(batch: Batch, length: int, keep) -> Batch:
     fields = {}
     for name in Patches.__dataclass_fields__:
         values, by_group = getattr(p, name), "BxG" in name
-        if values is None:
+        if values is None:  # no clip is causal
             continue
         size = G if by_group else length
         fields[name] = np.stack([fit(values[b][groups if by_group else at], size) for b, at, groups, _ in out])

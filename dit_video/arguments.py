@@ -1,0 +1,23 @@
+"""How commands that take a config read their flags: an unknown key is one line, before jax is loaded."""
+
+import sys
+
+from absl import app
+
+
+def parse(config, argv):
+    """absl's parser, but an unknown key, or a config that cannot be read, is one line instead of a traceback.
+
+    config: the flag of `config_flags.DEFINE_config_file`.
+    """
+    try:
+        left = app.parse_flags_with_usage(argv)
+        _ = config.value.name  # a file that is not there is an error only once the config is used
+    except (AttributeError, KeyError, OSError) as error:
+        while isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = " ".join(str(error.args[0]).split())
+        sys.exit(text if isinstance(error, OSError) else f"the config has no such key: {text}")
+    if len(left) > 1:
+        sys.exit(f"{left[1]!r} is no flag: flags begin with --, as in --config.steps=100.")
+    return left

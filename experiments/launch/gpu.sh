@@ -1,0 +1,14 @@
+#!/bin/sh
+# One machine with any number of NVIDIA GPUs: one process drives them all, nothing needs to be joined.
+#
+#   experiments/launch/gpu.sh --config=configs/clips.py --config.data.root=FOLDER --workdir=runs/clips
+#
+# Rows of the batch must divide over the GPUs. Type the command again to go on after a stop.
+# Not run: there was no GPU at hand. The command itself is the one that runs on CPU.
+set -eu
+cd "$(dirname "$0")/../.."
+[ -d .venv ] || python3 -m venv .venv
+. .venv/bin/activate
+pip install -q -e '.[gpu]'
+gpus=$(python -c 'import jax; print(jax.device_count())')
+exec python -m dit_video.train --config.mesh.fsdp="$gpus" "$@"

@@ -1,0 +1,227 @@
+"""The plan: what is worked out agrees with the traced and the compiled step, and what is read of a program is right.
+
+B rows, N patches per row, D model width.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from configs import base, dit, scale
+from dit_video import estimate, planning
+from dit_video.chips import CHIPS
+from dit_video.program import Sent, collectives
+from dit_video.sharding import AXES, make_mesh
+from dit_video.step import make_run
+from dit_video.trainer import trace_step
+
+SMALL = {
+    "model.width": 64,
+    "model.depth": 3,
+    "model.heads": 4,
+    "model.mlp_width": 96,
+    "data.rows": 8,
+    "data.length": 128,
+}
+SMALL |= {"data.text_length": 24, "data.groups": 5, "text.width": 48, "data.max_tokens": 128, "optimizer.kind": "adamw"}
+
+
+def config_of(config=None, **changes):
+    config = config or base.get_config()
+    config.update_from_flattened_dict(SMALL | {k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def make(config):
+    mesh = make_mesh(config.mesh)
+    return make_run(config, mesh), mesh
+
+
+CASES = {
+    "words, pooled too, Muon, banded": dict(optimizer__kind="muon", model__text_pool=True, data__length=512),
+    "everything again": dict(model__remat="full", mesh__fsdp=4),
+    "nothing again, embeddings": dict(model__remat="none", text__kind="embeddings", model__position="rope"),
+    "a ring within its reach": dict(mesh__fsdp=1, mesh__sequence=8, data__max_tokens=16, data__length=256),
+    "whole rows, heads apart": dict(mesh__fsdp=2, mesh__tensor=2, mesh__sequence=2, mesh__exchange="all_to_all"),
+    "a ring in parts": dict(mesh__fsdp=2, mesh__sequence=4, optimizer__accumulate=2, model__remat="full"),
+}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_products_are_the_steps_dot_generals(changes):
+    """The FLOPs worked out from the model are those of a walk over the traced step, to the last one."""
+    run, mesh = make(config_of(**changes))
+    worked_out = sum(p.flops for p in estimate.products(run, mesh))
+    assert worked_out == estimate.walk(trace_step(run, mesh).jaxpr.jaxpr)
+
+
+def test_products_of_dit():
+    run, mesh = make(config_of(dit.get_config("S/8"), text__width=64))
+    assert sum(p.flops for p in estimate.products(run, mesh)) == estimate.walk(trace_step(run, mesh).jaxpr.jaxpr)
+
+
+def test_a_walk_counts_loops_branches_and_devices():
+    """[4, 3] by [3, 4], 96 FLOPs: five times in a loop, once in the dearer branch, on each of eight devices."""
+    a, mesh = jnp.ones((4, 3)), jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    looped = lambda a: jax.lax.scan(lambda c, _: (c + a @ a.T, None), jnp.zeros((4, 4)), length=5)[0]
+    branched = lambda a: jax.lax.cond(a.sum() > 0, lambda: a @ a.T, lambda: jnp.zeros((4, 4)))
+    spec = PartitionSpec()
+    mapped = jax.shard_map(lambda a: a @ a.T, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    for f, times in ((looped, 5), (branched, 1), (mapped, 8)):
+        assert estimate.walk(jax.make_jaxpr(f)(a).jaxpr) == times * 96
+
+
+def test_collectives_of_a_compiled_program():
+    """A product whose inner axis is cut: one all-reduce of [16, 16] float32 in each of seven rounds."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    put = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    f = lambda a, b: jax.lax.scan(lambda c, _: ((a * c.sum()) @ b, None), jnp.zeros((16, 16)), length=7)[0]
+    shape = jax.ShapeDtypeStruct
+    args = shape((16, 32), jnp.float32, sharding=put(None, "y")), shape((32, 16), jnp.float32, sharding=put("y"))
+    text = jax.jit(f, out_shardings=put()).lower(*args).compile().as_text()
+    assert collectives(text) == {("all-reduce", False): Sent(7, 7 * 1024, 7 * 1024 * 2 * 3 / 4)}
+    # Groups of y are 0-3 and 4-7: between slices only if a slice ends within them.
+    assert {far for _, far in collectives(text, [0] * 4 + [1] * 4)} == {False}
+    assert {far for _, far in collectives(text, [0, 0, 1, 1, 2, 2, 3, 3])} == {True}
+
+
+PROGRAM = """
+%body (p: (u32[], bf16[4,8])) -> (u32[], bf16[4,8]) {
+  %start = (bf16[2,8]{1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)}) all-gather-start(%a), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %p = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%b), source_target_pairs={{0,1},{1,0}}
+}
+%all-reduce-scatter.1 (input: f32[8,4]) -> f32[2,4] {
+  %r = f32[8,4]{1,0} all-reduce(%input), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, to_apply=%add
+}
+%cond (p: (u32[], bf16[4,8])) -> pred[] {
+  %n = u32[]{:T(128)} constant(6)
+}
+ENTRY %main (a: f32[8,4]) -> f32[2,4] {
+  %w = (u32[], bf16[4,8]{1,0}, /*index=2*/f32[3]{0}) while(%t), condition=%cond, body=%body
+  %f = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+
+
+def test_collectives_as_tpus_write_them():
+    """Started, in loops without a count, within fusions, and groups by the mesh."""
+    assert collectives(PROGRAM, [0] * 4 + [1] * 4) == {
+        ("all-gather", True): Sent(6, 6 * 64, 6 * 32.0),
+        ("collective-permute", False): Sent(6, 6 * 64, 6 * 64.0),
+        ("reduce-scatter", False): Sent(1, 32, 96.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def planned():
+    config = config_of(mesh__fsdp=4, mesh__sequence=2, model__remat="full", data__length=1024)
+    return planning.plan(config, "cpu:8")
+
+
+def test_a_plan_for_devices_of_the_host(planned):
+    assert planned.fits and planned.step_flops == planned.walked_flops and planned.times is None
+    assert {kind for kind, _ in planned.sent} >= {"all-gather", "collective-permute"}
+    # The state and the batch are counted array by array.
+    arguments = sum(planned.memory[kind] for kind in ("parameters", "average", "optimizer", "batch"))
+    assert abs(arguments / planned.compiled["arguments"] - 1) < 0.01
+    text = planning.text(planned, 1e12)
+    assert "devices of the host" in text and "no times are predicted" in text
+    assert "<table>" in planning.page(planned, 1e12)
+
+
+def test_a_mesh_that_does_not_fit_gets_others(planned):
+    """On chips of less memory than one copy of the state, weights must be cut: that is what is suggested."""
+    config = config_of(mesh__data=8, model__width=256, model__mlp_width=1024, model__depth=8, data__length=64)
+    run, mesh = make(config)
+    state = jax.eval_shape(run.init, jax.random.key(0))
+    limit = sum(estimate.memory(run, mesh, state).values()) / 2
+    found = planning.suggest(config, 8, limit, CHIPS["v5e"])
+    assert found and all(needed <= limit for _, _, needed, _ in found)
+    assert all(sizes["data"] < 8 for sizes, *_ in found)
+    assert [seconds for *_, seconds in found] == sorted(seconds for *_, seconds in found)
+    assert planning.suggest(config, 8, 1e3, CHIPS["v5e"]) == ()
+
+
+OF_FOUR = {"model.width": 1024, "model.depth": 24, "model.heads": 16, "model.mlp_width": 4096, "text.width": 1024}
+OF_FOUR |= {"data.text_length": 512, "data.groups": 32, "data.rows": 8, "data.length": 4096, "data.max_tokens": 4096}
+OF_FOUR |= {"mesh.fsdp": 4, "mesh.sequence": 1}
+ONE_ROW = {"mesh.fsdp": 1, "mesh.sequence": 4, "data.rows": 1, "data.length": 32768, "data.max_tokens": 32768}
+WIDE = {"model.width": 3072, "model.heads": 24, "model.mlp_width": 12288, "model.depth": 12}
+NOT_FITTED = {"model.width": 2048, "model.mlp_width": 8192, "model.depth": 16, "data.rows": 4, "data.length": 8192}
+NOT_FITTED |= {"data.max_tokens": 8192, "mesh.fsdp": 2, "mesh.sequence": 2}
+COMPILED = {  # changes of configs/scale.py, and the bytes of a chip that libtpu 0.0.42.1 needs for v5p, least effort
+    "of four": (OF_FOUR, 4_822_314_976),
+    "a row in four": (OF_FOUR | ONE_ROW, 4_951_710_080),
+    "tensor": (OF_FOUR | {"mesh.fsdp": 2, "mesh.tensor": 2}, 5_818_149_760),
+    "wide": (OF_FOUR | WIDE, 17_128_457_248),
+    "accumulated": (OF_FOUR | {"optimizer.accumulate": 2}, 5_171_360_896),
+    "short rows": (OF_FOUR | {"data.length": 512, "data.max_tokens": 512, "data.rows": 64}, 4_655_657_760),
+    "products kept": (OF_FOUR | {"model.remat": "dots"}, 12_017_963_136),
+    "products kept, wide": (OF_FOUR | WIDE | {"model.remat": "dots"}, 26_556_125_536),
+    "all kept": (OF_FOUR | {"model.remat": "none", "data.rows": 4}, 20_494_682_112),
+    "all kept, wide": (OF_FOUR | WIDE | {"model.remat": "none", "data.rows": 4}, 40_313_407_616),
+    "not fitted to": (OF_FOUR | NOT_FITTED, 11_594_593_504),
+    "Wan-14B of 256": ({}, 14.3 * 2**30),
+}
+
+
+@pytest.mark.parametrize(("changes", "needed"), COMPILED.values(), ids=COMPILED)
+def test_memory_is_that_of_compiled_programs(changes, needed):
+    """Within 10% of what the compiler for TPUs says of a step of `train`; remat='full' unless said otherwise."""
+    config = scale.get_config()
+    config.update_from_flattened_dict(changes)
+    sizes = {axis: max(config.mesh[axis], 1) for axis in AXES}
+    run = make_run(config)
+    state = jax.eval_shape(run.init, jax.random.key(0))
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    assert sum(estimate.memory(run, mesh, state).values()) == pytest.approx(needed, rel=0.1)
+
+
+def test_roofline():
+    """A chip at its published figures for a second each; the step is the longest, at the share that is counted on."""
+    chip = CHIPS["v5p"]
+    times = estimate.roofline(chip, chip.flops, 2 * chip.bandwidth, 3 * chip.links, chip.network)
+    assert times == {"compute": 1, "memory": 2, "interconnect": 3, "network": 1}
+    assert estimate.step_seconds(times) == pytest.approx(3 / estimate.REACHED["interconnect"])
+
+
+def test_low_rank_runs_are_not_planned():
+    with pytest.raises(ValueError, match="lora.rank=2: plans are of runs that train all weights"):
+        planning.plan(config_of(lora__rank=2), "cpu:8")
+
+
+@pytest.mark.parametrize("topology", ["v5p", "v9:2x2", "v5p:4xx8", "cpu:0"])
+def test_a_topology_that_is_none_is_refused(topology):
+    with pytest.raises(ValueError, match="--topology="):
+        planning.parse_topology(topology)
+
+
+def test_the_command_needs_no_libtpu(tmp_path):
+    """On a machine without it the same topology is compiled for devices of the host, and the plan says so."""
+    hide = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a)"
+    )
+    overrides = [f"--config.{k}={v}" for k, v in SMALL.items()]
+    command = ["--config=configs/base.py", "--topology=v5e:2x2", f"--html={tmp_path / 'p.html'}", *overrides]
+    code = f"{hide}; import sys; sys.argv = ['plan', *{command!r}]; from dit_video import plan; plan.run()"
+    env = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "libtpu is not installed" in done.stdout and "model FLOP utilisation" in done.stdout
+    assert "<table>" in (tmp_path / "p.html").read_text()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install '.[plan]'")
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_plan_for_tpus(slices):
+    config = config_of(mesh__data=slices, mesh__fsdp=4, model__remat="full")
+    planned = planning.plan(config, "v5e:2x2", slices, quick=True)
+    assert planned.compiled_for == "tpu" and planned.fits and planned.topology.chips == 4 * slices
+    assert {far for _, far in planned.sent} == ({False} if slices == 1 else {False, True})
+    assert planned.times["network"] == 0 if slices == 1 else planned.times["network"] > 0

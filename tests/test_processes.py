@@ -1,0 +1,216 @@
+"""Several processes train as one: the same losses, one stop for all, and none that goes on, or waits, without another.
+
+Real processes of one CPU device each, joined over the loopback by the flags of the train command.
+"""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import test_resume as resume
+from test_resume import RUN, complete, left_by, writing
+from test_trainer import TINY, assert_close
+
+from dit_video import generate
+from dit_video.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENDS = 30  # seconds within which the others must have ended, once one is dead
+
+
+def start(workdir, count=2, **overrides):
+    """The train command, `count` times; what each prints goes to WORKDIR.I.log."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        joined = [f"--coordinator=localhost:{probe.getsockname()[1]}", f"--num_processes={count}"]
+    flags = [f"--config.{key}={value}" for key, value in (TINY | RUN | overrides).items()]
+    command = [sys.executable, "-m", "dit_video.train", "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
+    processes = []
+    for i in range(count):
+        own = [*joined, f"--process_id={i}"] if count > 1 else []
+        with open(f"{workdir}.{i}.log", "a") as log:
+            env = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+            processes.append(subprocess.Popen([*command, *own], env=env, cwd=ROOT, stdout=log, stderr=log))
+    return processes
+
+
+def ended(processes, seconds=1800):
+    """Their exit codes; AssertionError for one that goes on for longer."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in processes]
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"a process went on for more than {seconds} s") from error
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def printed(workdir, i):
+    return pathlib.Path(f"{workdir}.{i}.log").read_text()
+
+
+def finish(workdir, count=2, **overrides):
+    assert ended(start(workdir, count, **overrides)) == [0] * count, printed(workdir, 0)
+
+
+def when(processes, condition):
+    """Until the condition holds, or a process has ended."""
+    while all(process.poll() is None for process in processes) and not condition():
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(workdir)
+    return left_by(workdir)
+
+
+def test_one_of_two_is_stopped_or_dies(tmp_path, unbroken):
+    """SIGTERM to one: both save the same step and end with 75. SIGKILL of one: the other ends too. Nothing is lost."""
+    workdir = tmp_path / "run"
+    both = start(workdir)
+    when(both, lambda: complete(workdir) >= 3)
+    both[1].send_signal(signal.SIGTERM)
+    assert ended(both) == [75, 75], printed(workdir, 1)
+    stopped = complete(workdir)
+    assert 3 < stopped < 32 and not writing(workdir)
+    assert all(f"saved at step {stopped}" in printed(workdir, i) for i in (0, 1))
+    both = start(workdir)
+    when(both, lambda: complete(workdir) > stopped)
+    both[1].kill()
+    assert ended(both[:1], ENDS)[0] != 0
+    finish(workdir)
+    assert left_by(workdir) == unbroken
+
+
+MOMENTS = {
+    "step": lambda workdir: complete(workdir) >= 6 and not writing(workdir),
+    "save": lambda workdir: complete(workdir) >= 6 and writing(workdir),
+    "restore": lambda workdir: "from step" in printed(workdir, 0),
+}
+
+
+def die(workdir, role, moment):
+    """Kills one of two processes at a moment; how many seconds later the other had ended."""
+    if moment == "restore":
+        both = start(workdir)
+        when(both, lambda: complete(workdir) >= 6)
+        both[0].send_signal(signal.SIGTERM)
+        assert ended(both) == [75, 75], printed(workdir, 0)
+        for i in (0, 1):
+            pathlib.Path(f"{workdir}.{i}.log").write_text("")
+    both = start(workdir)
+    when(both, lambda: MOMENTS[moment](workdir))
+    both[role].kill()
+    began = time.monotonic()
+    assert ended([both[1 - role]], ENDS)[0] != 0
+    both[role].wait()
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", [0, 1])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_dead_peer_ends_the_run(tmp_path, unbroken, role, moment):
+    """The other exits non-zero within 30 s, wherever it is; both started again leave what an unbroken run leaves."""
+    die(tmp_path / "run", role, moment)
+    finish(tmp_path / "run")
+    assert left_by(tmp_path / "run") == unbroken
+
+
+def on_other_devices(folder):
+    """A run on 8, 4, 1, 8 devices and one on two processes, then one: how far losses come to lie from a run on one.
+
+    The clips and the loader's state at the end are the same, or AssertionError.
+    """
+    rest = {"data.rows": 8, "optimizer.lr": 3e-4}
+    assert resume.finish(folder / "one", **rest)[0] == 0
+    wanted, largest = left_by(folder / "one"), 0.0
+    for name, places in {"devices": (8, 4, 1, 8), "processes": ("two", 1)}.items():
+        run = folder / name
+        for i, place in enumerate(places):
+            run_here = start(run, **rest) if place == "two" else [resume.start(run, place, **rest)]
+            if i < len(places) - 1:
+                before = complete(run)
+                when(run_here, lambda run=run, before=before: complete(run) > before)
+                run_here[0].send_signal(signal.SIGTERM)
+            assert set(ended(run_here)) == ({75} if i < len(places) - 1 else {0}), f"{name}: {place}"
+        found = left_by(run)
+        assert found["extra"] == wanted["extra"] and len(found["lines"]) == len(wanted["lines"])
+        for line, want in zip(found["lines"], wanted["lines"]):
+            assert line.keys() == want.keys() and line.get("clips") == want.get("clips"), (line, want)
+            largest = max([largest, *(abs(line[k] / want[k] - 1) for k in ("loss", "validation") if k in want)])
+    return largest
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_other_devices(tmp_path):
+    """Losses after 32 steps within 1e-3 of those of one device (sums are ordered otherwise), on the same clips."""
+    assert on_other_devices(tmp_path) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_stalled_process_ends_the_run(tmp_path):
+    """A process that no longer runs, but is not dead, is missed by its heartbeat; the others name it."""
+    workdir = tmp_path / "run"
+    both = start(workdir)
+    when(both, lambda: complete(workdir) >= 3)
+    both[1].send_signal(signal.SIGSTOP)
+    assert ended(both[:1], ENDS)[0] != 0
+    both[1].kill()
+    both[1].wait()
+    assert "stopped sending heartbeats):\n1\n" in printed(workdir, 0)
+
+
+def children(process):
+    """The pids of a process's decoding workers."""
+    pids = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in pids if "spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_ends_all(tmp_path):
+    """One whose decoding worker dies says so and ends; the other, which waits for it in the step, ends within 30 s."""
+    workdir = tmp_path / "run"
+    both = start(workdir, **{"data.workers": 1, "steps": 100_000, "keep": 1})
+    when(both, lambda: complete(workdir) >= 3)
+    os.kill(children(both[1])[0], signal.SIGKILL)
+    codes = ended(both, ENDS)
+    assert codes[1] == 1 and codes[0] != 0
+    assert "ends the run." in printed(workdir, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh"), [(2, {}), (2, {"mesh.fsdp": 2}), (4, {"mesh.fsdp": 2, "mesh.sequence": 2})])
+def test_processes_train_as_one(tmp_path, count, mesh):
+    """The losses of one process on the same global batch, line for line, and the same weights at the end (1e-4).
+
+    Each reads its own shards of the data alone; where a row is cut, the processes that share it read the same.
+    """
+    rest = {"steps": 4, "log_every": 1, "checkpoint_every": 2, "eval_every": 2}
+    finish(tmp_path / "one", 1, **rest)
+    finish(tmp_path / "more", count, **rest, **mesh)
+    wanted, lines = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "more"))
+    same = lambda name: name.startswith(("loss", "validation", "gradient_norm", "clips", "patch_fill", "text_fill"))
+    assert len(lines) == len(wanted) == 6
+    for line, want in zip(lines, wanted, strict=True):
+        assert line["step"] == want["step"] and line.keys() == want.keys()
+        for name in filter(same, want):
+            np.testing.assert_allclose(line[name], want[name], rtol=1e-4, err_msg=f"{name} at step {want['step']}")
+    # The checkpoint, gathered from all, and the file of weights are there for anyone to sample from.
+    one, more = (generate.load(tmp_path / name) for name in ("one", "more"))
+    assert_close(more.params, one.params, 1e-4)
+    assert_close(generate.load(tmp_path / "more" / "weights.safetensors").params, more.params, 1e-2)
+    # And the run of several goes on as one.
+    finish(tmp_path / "more", 1, **rest | {"steps": 5})
+    lines = read_metrics(tmp_path / "more" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
