@@ -180,7 +180,7 @@ def init_params(config) -> dict:
     floats = jnp.zeros((1, 1, model.patch_values)), jnp.zeros((1, 1, 3)), jnp.zeros((1, 1))
     x_BxNxP, pos_BxNx3, level_BxG = floats
     one = zeros(1, 1)
-    patches = Patches(x_BxNxP, pos_BxNx3, one, one, one, one, one, level_BxG, one, one)
+    patches = Patches(x_BxNxP, pos_BxNx3, one, one, one, one, one, level_BxG, one, one, jnp.zeros((1, 1, 3)))
     image = (jnp.zeros((1, 1, model.image_width)), one) if model.image_width else ()
     cond = Cond(jnp.zeros((1, 1, model.text_width)), one, *image)
     params = {"text": {}, "dit": model.init(named_key(key, "dit"), patches, cond)["params"]}

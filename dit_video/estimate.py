@@ -84,7 +84,7 @@ def products(run: Run, mesh) -> list[Product]:
     dense("level", G, m.level_features, D, inner=False)
     dense("level", G, D, D)
     if m.position == "both":
-        dense("position", N, 3 * POSITION_FEATURES, D, inner=False)
+        dense("position", N, 6 * POSITION_FEATURES, D, inner=False)
     if m.modulation == "shared":
         dense("modulation", G, D, 6 * D)
     else:

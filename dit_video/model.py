@@ -68,9 +68,10 @@ class DiT(nn.Module):
     modulation: 'block', Dense(SiLU(c)) in every block and in the last layer; or 'shared', one Dense(SiLU(c)) plus a
         table per block, and for the last layer a table plus c itself.
     position: 'rope' (t, y, x); 'table' (sin-cos over y and x, added once; where layers attend over time, sin-cos over
-        t too, added before the first of them: Latte); or 'both', rope and a projection of the sinusoids of (t, y, x),
-        added once: where a patch is then travels with what it holds, so that attention can average places, which the
-        relative angles of rope alone only compare.
+        t too, added before the first of them: Latte); or 'both', rope and a projection of sinusoids, added once: of t,
+        of (y, x) from the middle of the canvas, and of what the clip spans (canvas_BxGx3). Where a patch is then
+        travels with what it holds, so that attention can average places, which the relative angles of rope alone only
+        compare; and one orbit about the middle is one pattern, whatever the canvas.
     qk_norm: 'none', 'head' (RMS over a head), 'width' (RMS over all heads jointly).
     text: 'none', 'pooled' (mean of the prompt's tokens, of width D, added to the level's embedding), 'cross'
         (cross-attention by prompt; text_norm: LayerNorm with affine before it; text_pool: the mean of the prompt's
@@ -144,7 +145,11 @@ class DiT(nn.Module):
             if patches.block_BxN is not None:
                 t_BxN = jnp.where(patches.block_BxN > 0, self.pos_offset[0], index_BxNx3[..., 0])
                 index_BxNx3 = index_BxNx3.at[..., 0].set(t_BxN)
-            waves_BxNxW = sinusoids(index_BxNx3, POSITION_FEATURES, POSITION_PERIOD).reshape(*real_BxN.shape, -1)
+            canvas_BxNx3 = spread(patches.canvas_BxGx3, patches.group_BxN) * jnp.array(self.pos_scale)
+            middle_BxNx2 = patches.pos_BxNx3[..., 1:] * jnp.array(self.pos_scale[1:]) - canvas_BxNx3[..., 1:] / 2
+            place_BxNx6 = jnp.concatenate([index_BxNx3[..., :1], middle_BxNx2, canvas_BxNx3], -1)
+            place_BxNx6 = jnp.where(real_BxN[..., None], place_BxNx6, 0)
+            waves_BxNxW = sinusoids(place_BxNx6, POSITION_FEATURES, POSITION_PERIOD).reshape(*real_BxN.shape, -1)
             h_BxNxD = h_BxNxD + _dense(self, "position", waves_BxNxW.shape[-1], D)(waves_BxNxW.astype(dtype))
 
         level = patches.level_BxG if self.level_direction == "noise" else 1 - patches.level_BxG
@@ -413,7 +418,7 @@ def macs(m: DiT, clip_lengths, text_lengths=(), groups: int = 1) -> int:
     layer = 4 * N * D * D + 2 * pairs * D + 2 * N * D * m.mlp_width
     total = N * (m.patch_values + m.out_values) * D + groups * (m.level_features * D + D * D)
     if m.position == "both":
-        total += N * 3 * POSITION_FEATURES * D
+        total += N * 6 * POSITION_FEATURES * D
     if m.modulation == "shared":
         total += groups * 6 * D * D
     else:

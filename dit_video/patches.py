@@ -45,6 +45,8 @@ class Patches:
     level_BxG: float32, the group's noise level: 0 = clean, 1 = pure noise.
     seg_BxG: int32, the clip of a group; 0 = no group there.
     clip_BxG: uint32, the name of the group's clip: levels and text dropout hang on it.
+    canvas_BxGx3: float32, what the group's whole clip spans: seconds from a latent frame to the next (0 in a picture),
+    height and width in codec pixels; None = unknown.
     block_BxN: int32, in frame-causal clips 1 + the index of the latent frame, which sees none after it, and 0 in
     bidirectional ones; None = all are bidirectional.
     """
@@ -59,6 +61,7 @@ class Patches:
     level_BxG: jax.Array
     seg_BxG: jax.Array
     clip_BxG: jax.Array
+    canvas_BxGx3: jax.Array | None = None
     block_BxN: jax.Array | None = None
 
 
@@ -98,6 +101,7 @@ class Piece:
 
     prompt_n, prompt_s: which of the clip's prompts, from 0, a patch sees and a text token is of; None = it has one.
     groups: how many there are, where the last of them may have no patch left; 0 = one after the largest of group_n.
+    canvas: the clip's row of canvas_BxGx3.
     """
 
     x_nxP: np.ndarray
@@ -110,6 +114,7 @@ class Piece:
     prompt_n: np.ndarray | None = None
     prompt_s: np.ndarray | None = None
     groups: int = 0
+    canvas: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -177,8 +182,9 @@ def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, group
     """
     x_nxP, grid = patchify(latents_TxYxXxC, patch)
     frame_n, pos_nx3 = _places(grid.shape, (patch[1] * stride_yx[0], patch[2] * stride_yx[1]))
-    pos_nx3 = pos_nx3.copy()
-    pos_nx3[:, 0] = np.asarray(time_T, np.float32)[patch[0] - 1 :: patch[0]][frame_n]
+    pos_nx3, time_T = pos_nx3.copy(), np.asarray(time_T, np.float32)
+    pos_nx3[:, 0] = time_T[patch[0] - 1 :: patch[0]][frame_n]
+    T, Y, X, _ = latents_TxYxXxC.shape
     if isinstance(groups, str):
         groups = frame_n if groups == "frame" else np.zeros_like(frame_n)
     piece = Piece(
@@ -189,6 +195,7 @@ def lay_out(latents_TxYxXxC, time_T, patch, stride_yx, ids_sxK, clip: int, group
         uid_n=name(clip, np.arange(grid.size)),
         clip=clip,
         ids_sxK=ids_sxK,
+        canvas=(float(time_T[-1] - time_T[0]) / max(T - 1, 1), Y * stride_yx[0], X * stride_yx[1]),
     )
     return piece, grid
 
@@ -269,6 +276,7 @@ def pack(rows: Sequence[Sequence[Piece]], length: int, groups: int, text: int):
     seg_BxN, frame_BxN, group_BxN, prompt_BxN = (zeros(length) for _ in range(4))
     uid_BxN = zeros(length, dtype=np.uint32)
     seg_BxG, clip_BxG, level_BxG = zeros(groups), zeros(groups, dtype=np.uint32), zeros(groups, dtype=np.float32)
+    canvas_BxGx3 = zeros(groups, 3, dtype=np.float32)
     ids_BxSxK, prompt_BxS = zeros(text, K, dtype=first.ids_sxK.dtype), zeros(text)
     places = []
     for b, row in enumerate(rows):
@@ -287,7 +295,9 @@ def pack(rows: Sequence[Sequence[Piece]], length: int, groups: int, text: int):
             at = slice(n0, n0 + n)
             x_BxNxP[b, at], pos_BxNx3[b, at], seg_BxN[b, at] = piece.x_nxP, piece.pos_nx3, seg
             frame_BxN[b, at], group_BxN[b, at], uid_BxN[b, at] = piece.frame_n, piece.group_n + g0, piece.uid_n
-            seg_BxG[b, g0 : g0 + g], clip_BxG[b, g0 : g0 + g] = seg, np.uint32(piece.clip & 0xFFFFFFFF)
+            of_clip = slice(g0, g0 + g)
+            seg_BxG[b, of_clip], clip_BxG[b, of_clip] = seg, np.uint32(piece.clip & 0xFFFFFFFF)
+            canvas_BxGx3[b, of_clip] = piece.canvas
             ids_BxSxK[b, s0 : s0 + s], prompt_BxS[b, s0 : s0 + s], prompt_BxN[b, at] = piece.ids_sxK, seg, seg
             if piece.prompt_n is not None:
                 more = int(piece.prompt_s.max())
@@ -297,7 +307,17 @@ def pack(rows: Sequence[Sequence[Piece]], length: int, groups: int, text: int):
             places[-1].append((b, n0, n))
             n0, g0, s0 = n0 + n, g0 + g, s0 + s
     patches = Patches(
-        x_BxNxP, pos_BxNx3, seg_BxN, frame_BxN, group_BxN, prompt_BxN, uid_BxN, level_BxG, seg_BxG, clip_BxG
+        x_BxNxP,
+        pos_BxNx3,
+        seg_BxN,
+        frame_BxN,
+        group_BxN,
+        prompt_BxN,
+        uid_BxN,
+        level_BxG,
+        seg_BxG,
+        clip_BxG,
+        canvas_BxGx3,
     )
     return Batch(patches, ids_BxSxK, prompt_BxS), places
 

@@ -227,6 +227,7 @@ def abstract_batch(config, model, text) -> Batch:
         level_BxG=shape(G, dtype=f32),
         seg_BxG=shape(G),
         clip_BxG=shape(G, dtype=u32),
+        canvas_BxGx3=shape(G, 3, dtype=f32),
     )
     return Batch(patches, shape(d.text_length, ids.shape[1], dtype=ids.dtype), shape(d.text_length))
 

@@ -415,7 +415,9 @@ def advance(request: Request, layout: Layout, window: Window, latents_TxYxXxC: n
 def start_causal(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """The layout of a causal roll-out's latent frames, one of which is made at a time: that of the first."""
     _check_rollout(request, layout)
-    return _lay(request, layout, level_K, *_canvas(request, 1))
+    task = _lay(request, layout, level_K, *_canvas(request, 1))
+    step = layout.codec.stride[0] / request.fps  # that of the whole video: no frame of it is a picture
+    return dataclasses.replace(task, piece=dataclasses.replace(task.piece, canvas=(step, *task.piece.canvas[1:])))
 
 
 def latent_frame(request: Request, layout: Layout, task: Task, t: int) -> Task:

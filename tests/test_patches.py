@@ -59,6 +59,7 @@ def test_positions_are_the_last_frame_covered_and_the_centre_in_pixels():
     np.testing.assert_array_equal(piece.frame_n, [0] * 4 + [1] * 4)
     np.testing.assert_array_equal(piece.group_n, piece.frame_n)
     assert piece.size == (8, 1, 2)
+    np.testing.assert_allclose(piece.canvas, (0.5, 48, 16))  # seconds from latent to latent, height, width
 
 
 def test_a_clip_can_be_one_group():
@@ -116,6 +117,7 @@ def test_what_a_row_says_of_each_clip_is_what_its_piece_said():
             np.testing.assert_array_equal(batch.ids_BxSxK[b, tokens], piece.ids_sxK)
             # A patch's group is one of its clip's, which no other clip has.
             np.testing.assert_array_equal(np.flatnonzero(groups)[piece.group_n], p.group_BxN[b, at])
+            np.testing.assert_array_equal(p.canvas_BxGx3[b, groups], [np.float32(piece.canvas)] * piece.size[2])
             assert (p.clip_BxG[b, groups] == piece.clip).all() and groups.sum() == piece.size[2]
     padding = p.seg_BxN == 0
     assert padding.any() and not any(v[padding].any() for v in (p.x_BxNxP, p.pos_BxNx3, p.uid_BxN, p.group_BxN))

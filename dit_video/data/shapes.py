@@ -69,7 +69,7 @@ SPLITS = ("train", "validation")
 
 _RADIUS = {1: 0.20, 2: 0.14}  # by number of objects, in short sides
 _AMPLITUDE = {1: 0.26, 2: 0.17}
-_JITTER = {1: 0.2, 2: 0.15}  # how far apart the orbits' centres may be drawn, in shares of the room
+_JITTER = {1: 0.1, 2: 0.1}  # how far apart the orbits' centres may be drawn, in shares of the room
 _HALF_SQUARE, _TRIANGLE, _CROSS_LENGTH, _CROSS_WIDTH = 0.88, 1.36, 1.12, 0.36  # in radii; areas are nearly equal
 _EXTENT = {  # in radii: up, down, left or right
     "circle": (1.0, 1.0, 1.0),

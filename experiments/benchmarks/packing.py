@@ -35,12 +35,11 @@ def rows_of(batch: Batch, length: int, keep) -> Batch:
     fit = lambda a, n: np.concatenate([a, np.zeros((n - len(a), *a.shape[1:]), a.dtype)])
     fields = {}
     for name in Patches.__dataclass_fields__:
-        values, size = getattr(p, name), G if name.endswith("G") else length
-        if values is None:  # no clip is causal
+        values, by_group = getattr(p, name), "BxG" in name
+        if values is None:
             continue
-        fields[name] = np.stack(
-            [fit(values[b][groups if name.endswith("G") else at], size) for b, at, groups, _ in out]
-        )
+        size = G if by_group else length
+        fields[name] = np.stack([fit(values[b][groups if by_group else at], size) for b, at, groups, _ in out])
     fields["group_BxN"] = np.maximum(fields["group_BxN"] - fields["group_BxN"][:, :1], 0)
     for name in ("seg_BxN", "prompt_BxN", "seg_BxG"):
         fields[name] = (fields[name] > 0).astype(np.int32)
