@@ -173,7 +173,8 @@ def test_a_stalled_process_ends_the_run(tmp_path):
 
 def children(process):
     """The pids of a process's decoding workers."""
-    pids = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # of whichever thread started them
+    pids = [pid for task in tasks for pid in task.read_text().split()]
     return [int(pid) for pid in pids if "spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
 
 
