@@ -20,7 +20,7 @@ from dit_video.text.words import BYTES, WordEncoder
 
 # Arrays of [N, D] and of [N, F] in the model's dtype, of a block of attention's logits in float32, and of one layer's
 # weights, that a compiled step holds at once beside what its scan keeps. Fitted to seven programs for v5p, of 4 and of
-# 256 chips, which it gives to 7% (experiments/scale; tests/test_plan.py has their figures).
+# 256 chips; those it gives to 7%, all that experiments/scale lists to 10%.
 WORKING = (19.0, 11.0, 2.5, 7.0)
 MUON_ITERATIONS = 5  # of Newton and Schulz, optax's default
 
