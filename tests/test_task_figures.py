@@ -7,7 +7,7 @@ import pytest
 
 from dit_video.data import shapes
 from experiments.tasks import figures
-from experiments.tasks.measure import STUDIES, goal_of, measure_study, reached, table
+from experiments.tasks.studies import STUDIES, goal_of, measure_study, reached, table
 
 COUNT = 12
 

@@ -1,0 +1,293 @@
+"""The table of the tasks: what is asked, how often, what is read from the answers, and the goals beside it.
+
+A measure takes how many answers to ask for and `make`, requests -> videos, and gives rows: a figure's name, its mean of
+each kind of answer, how many there were, and its goal.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from dit_video.data import shapes
+from dit_video.tasks import Request
+from experiments.tasks import figures
+from experiments.tasks.figures import FRAMES
+
+UNSEEN = ((48, 40), (40, 48), (56, 32), (32, 56), (48, 48), (96, 32))  # width, height; 96 is 1.5 times the largest, 64
+TIMES = 20  # of the longest trained clip, a roll-out
+KINDS = "all", "one object", "two objects"
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """How a figure is shown, and what it should at least, or at most, be."""
+
+    form: str = "{:.1%}"
+    least: float | None = None
+    most: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A task: what is asked, in words and for the i-th time; what is read from the answers; and the goals.
+
+    A figure that `goals` does not name is not in the table.
+    """
+
+    asked: str
+    case: Callable[[int], figures.Case]
+    read: Sequence[Callable]
+    goals: dict[str, Goal]
+
+
+KEPT = {part: Goal(least=0.95) for part in ("colour", "shape", "motion")}
+LOOPED = {"seamless": Goal(), "moving": Goal(), "seamless and moving": Goal(least=0.95)}
+UNCHANGED = {"given pixels unchanged": Goal("{:.0%}", least=1)}
+
+
+def near(limit):
+    return {"path error": Goal("{:.2f} px", most=limit), f"path within {limit:g} px": Goal()}
+
+
+def extension(direction, new, rates):
+    at = " or ".join(map(str, rates))
+    return Study(
+        f"5 frames at {at} a second, {new} more {direction}",
+        figures.extend(direction, new, rates),
+        (figures.identity, figures.path(1.5)),
+        KEPT | near(1.5),
+    )
+
+
+# Clips that are longer than those trained on are at 12 frames a second: no time is beyond what was trained on, 1.5 s.
+STUDIES = {
+    "animate": Study(
+        "the first of 13 frames",
+        figures.animate,
+        (figures.identity,),
+        KEPT | {"motion": Goal(least=0.9)},
+    ),
+    "extend": extension("forward", 5, (8, 12)),
+    "extend twice": extension("forward", 10, (12,)),
+    "extend backward": extension("backward", 5, (8, 12)),
+    "extend backward twice": extension("backward", 10, (12,)),
+    "loop": Study("9 frames of one period, 4 more", figures.loop(True), (figures.seam,), LOOPED),
+    "loop from a prompt": Study("9 frames and 4 more", figures.loop(False), (figures.seam,), LOOPED),
+    "connect": Study(
+        "5 frames and 4 of one clip, 4 between",
+        figures.connect(4, (8, 12)),
+        (figures.jump,),
+        UNCHANGED | {"no jump": Goal(least=1)},
+    ),
+    "connect far": Study(
+        "5 frames and 4 of one clip, 8 between",
+        figures.connect(8, (12,)),
+        (figures.jump,),
+        UNCHANGED | {"no jump": Goal(least=1)},
+    ),
+    "paint in": Study(
+        "an object hidden in frames 5 to 8 of 13",
+        figures.paint_in,
+        (figures.path(2), figures.background),
+        near(2) | {"background error": Goal("{:.3f}", most=0.05)},
+    ),
+    "paint around": Study(
+        "13 frames, 8 pixels more on every side",
+        figures.paint_around,
+        (figures.path(2), figures.background),
+        near(2) | {"background error": Goal("{:.3f}", most=0.05)},
+    ),
+    "edit": Study(
+        f"another colour, strength {figures.EDIT_STRENGTH}",
+        figures.edit,
+        (figures.identity, figures.path(2)),
+        {"colour": Goal(least=0.9)} | near(2),
+    ),
+}
+
+
+# The measures.
+
+PICK = {
+    "all": lambda objects, fps: True,
+    "one object": lambda objects, fps: objects == 1,
+    "two objects": lambda objects, fps: objects == 2,
+    "8 fps": lambda objects, fps: fps == 8,
+    "12 fps": lambda objects, fps: fps == 12,
+}
+
+
+def rows_of(read: Sequence[dict], told: Sequence[tuple[int, float]], goals: dict[str, Goal]) -> list[dict]:
+    """Of each answer its figures, and its number of objects and frame rate. What is nan (nothing seen) is left out."""
+    rows = []
+    for figure, goal in goals.items():
+        values = {}
+        for kind, pick in PICK.items():
+            some = [r[figure] for r, t in zip(read, told, strict=True) if pick(*t) and np.isfinite(r[figure])]
+            values |= {kind: float(np.mean(some))} if some else {}
+        rows.append({"figure": figure, "values": values, "n": len(read)} | dataclasses.asdict(goal))
+    return rows
+
+
+def measure_study(study: Study, count: int, make) -> list[dict]:
+    """make: requests -> videos."""
+    cases = [study.case(i) for i in range(count)]
+    videos = make([case.request for case in cases])
+    reads = (figures.unchanged, *study.read)
+    read = [{k: v for f in reads for k, v in f(case, video).items()} for case, video in zip(cases, videos)]
+    goals = (UNCHANGED if cases[0].known_TxYxX.any() else {}) | study.goals
+    return rows_of(read, [(len(c.scene.objects), c.request.fps) for c in cases], goals)
+
+
+def ask(prompts: Sequence[shapes.Prompt], make) -> tuple[list[dict], list[tuple]]:
+    """What of the prompts their videos show, and what `rows_of` wants to be told."""
+    videos = make([Request(p.caption, p.width, p.height, p.frames, p.fps, seed=i) for i, p in enumerate(prompts)])
+    read = [
+        dataclasses.asdict(shapes.followed(shapes.score(v, np.arange(len(v)) / p.fps), p.caption))
+        for p, v in zip(prompts, videos)
+    ]
+    return read, [(len(shapes.parse_caption(p.caption)), p.fps) for p in prompts]
+
+
+def measure_text(count: int, make) -> list[dict]:
+    """As `python -m dit_video.evaluate --count=512 --seeds=1` does, where count is 64."""
+    parts = "colour", "shape", "motion", "all"
+    rows = rows_of(*ask(shapes.prompts(8 * count, "train"), make), {part: Goal() for part in parts})
+    return [r | {"figure": {"all": "all at once"}.get(r["figure"], r["figure"])} for r in rows]
+
+
+def measure_unseen(count: int, make) -> list[dict]:
+    """The same prompts and seeds on canvases trained on, and on others."""
+    seen = shapes.prompts(2 * count, "train", seed=1)
+    other = [dataclasses.replace(p, **dict(zip(("width", "height"), UNSEEN[i // 2 % 6]))) for i, p in enumerate(seen)]
+    (on_seen,), (on_other,) = (rows_of(*ask(prompts, make), {"all": Goal()}) for prompts in (seen, other))
+    share = {k: v / max(on_seen["values"][k], 1e-9) for k, v in on_other["values"].items()}
+    return [
+        on_seen | {"figure": "all at once, sizes trained on"},
+        on_other | {"figure": "all at once, other sizes"},
+        on_other | {"figure": "the second of the first", "values": share, "least": 0.9},
+    ]
+
+
+def measure_rollout(causal: bool, count: int, make) -> list[dict]:
+    """Windows of the longest trained clip are scored each for itself, the first five of twenty and the last."""
+    prompts = [p for p in shapes.prompts(12 * count, "train", seed=2) if (p.frames, p.fps) == (FRAMES, 8)][:count]
+    at = lambda frames: [
+        Request(p.caption, p.width, p.height, frames, p.fps, seed=i, task="rollout", causal=causal)
+        for i, p in enumerate(prompts)
+    ]
+    make(at(FRAMES))  # compiles
+    spent = {}
+    for frames in (TIMES // 4 * FRAMES, TIMES * FRAMES):
+        with watched() as cost:
+            videos = make(at(frames))
+        spent[frames] = cost
+    (short, first), (long, whole) = spent.items()
+    time_T = np.arange(FRAMES) / 8
+    read = []
+    for p, video in zip(prompts, videos):
+        windows = video.reshape(TIMES, FRAMES, *video.shape[1:])
+        right = [shapes.followed(shapes.score(w, time_T), p.caption).all for w in windows]
+        quarter = TIMES // 4
+        read.append(
+            {"first quarter": float(np.mean(right[:quarter])), "last quarter": float(np.mean(right[-quarter:]))}
+        )
+    told = [(len(shapes.parse_caption(p.caption)), p.fps) for p in prompts]
+    rows = rows_of(read, told, {"first quarter": Goal(least=0.8), "last quarter": Goal()})
+    share = {k: v / max(rows[0]["values"][k], 1e-9) for k, v in rows[1]["values"].items()}
+    later = (whole["seconds"] - first["seconds"]) / (long - short)
+    machine = lambda figure, value, goal: rows_of([{figure: value}], [(0, 0)], {figure: goal})
+    return [
+        *rows,
+        rows[1] | {"figure": "the last quarter of the first", "values": share, "least": 0.9},
+        *machine("seconds a frame, each", first["seconds"] / short / count, Goal("{:.3f} s")),
+        *machine("later frames' cost of the first's", later / (first["seconds"] / short), Goal("{:.2f}", most=1.1)),
+        *machine("memory", whole["bytes"] / 2**20, Goal("{:.0f} MiB")),
+        *machine("memory of a fourth as long", whole["bytes"] / first["bytes"], Goal("{:.3f}", most=1.05)),
+    ]
+
+
+def measures(count: int, causal: bool) -> dict[str, tuple[str, Callable]]:
+    """{task: (what is asked, make -> rows)}, in the table's order; causal: of a model that trained frame-causally."""
+    long, rollouts = f"{TIMES * FRAMES} frames, {TIMES} times the longest trained clip", max(count // 4, 2)
+    found = {"text": ("the evaluation's prompts", functools.partial(measure_text, count))}
+    found |= {name: (study.asked, functools.partial(measure_study, study, count)) for name, study in STUDIES.items()}
+    found["other sizes"] = ", ".join(f"{w}x{h}" for w, h in UNSEEN), functools.partial(measure_unseen, count)
+    found["roll-out"] = long, functools.partial(measure_rollout, False, rollouts)
+    if causal:
+        found["causal roll-out"] = f"{long}, with the cache", functools.partial(measure_rollout, True, rollouts)
+    return found
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict]:
+    """{'seconds': what passed, 'bytes': the most memory seen in use, by the device or else by the process}."""
+    found, over = {"bytes": 0}, threading.Event()
+
+    def watch():
+        while not over.is_set():
+            found["bytes"] = max(found["bytes"], memory())
+            over.wait(0.05)
+
+    watcher, start = threading.Thread(target=watch), time.perf_counter()
+    watcher.start()
+    try:
+        yield found
+    finally:
+        found["seconds"] = time.perf_counter() - start
+        over.set()
+        watcher.join()
+
+
+def memory() -> int:
+    """Bytes in use now."""
+    if stats := jax.local_devices()[0].memory_stats():
+        return stats["bytes_in_use"]
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+
+# The table.
+
+
+def shown(r: dict, kind: str) -> str:
+    return r["form"].format(r["values"][kind]) if kind in r["values"] else ""
+
+
+def goal_of(r: dict) -> str:
+    if r["least"] is None and r["most"] is None:
+        return ""
+    word, limit = ("at least", r["least"]) if r["least"] is not None else ("at most", r["most"])
+    return f"{word} {r['form'].format(limit)}"
+
+
+def reached(r: dict) -> str:
+    if not goal_of(r):
+        return ""
+    value = r["values"].get("all", float("nan"))
+    holds = value >= r["least"] if r["least"] is not None else value <= r["most"]
+    return "yes" if holds else "no"
+
+
+def table(results: dict) -> str:
+    """Markdown."""
+    made_by = results["weights"]
+    lines = [
+        f"Config `{made_by['config']}`, step {made_by['step']}, weights {made_by['fingerprint']}; {made_by['device']}.",
+        "",
+        "| task | asked | figure | all | one object | two objects | n | goal | reached |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, task in results["tasks"].items():
+        for i, r in enumerate(task["rows"]):
+            head = (name, task["asked"]) if i == 0 else ("", "")
+            cells = *head, r["figure"], *(shown(r, kind) for kind in KINDS), str(r["n"]), goal_of(r), reached(r)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
