@@ -1,0 +1,75 @@
+"""Draws a moving picture for each command in README.md's section on tasks, as it stands: experiments/tasks/pictures/.
+
+    python -m experiments.tasks.pictures --weights=runs/tasks [--out=FOLDER]
+
+All that the commands ask for is sampled at once, packed; a picture has the name of its command's --out. Frames that
+were given have a white edge. Of a video longer than MOST frames the first and the last stand side by side.
+"""
+
+import pathlib
+import shlex
+import sys
+
+import numpy as np
+from absl import flags
+from absl.testing import flagsaver
+
+import dit_video.sample as command
+from dit_video import generate, launch
+from dit_video.codecs import make_codec
+from dit_video.gallery import write_gif
+from dit_video.requests import Asked, read
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+SECTION = "## Every task from one model"
+MOST, SCALE = 26, 3
+
+
+def commands(text: str) -> list[list[str]]:
+    """The flags of each of the section's commands with a --task that starts from the small trained model."""
+    section = text.split(SECTION)[1].split("\n## ")[0]
+    lines = [shlex.split(line) for line in section.splitlines() if line.startswith("python -m dit_video.sample")]
+    return [
+        words[3:] for words in lines if any(word.startswith("--task=") for word in words) and "--causal" not in words
+    ]
+
+
+def asked_by(words: list[str], step_yx) -> tuple[str, Asked]:
+    """The name of a command's --out, and its request."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["sample", *words])
+        (asked,) = [one for fields in command.fields_from_flags() for one in read(fields, step_yx)]
+        return pathlib.Path(command.OUT.value).name, asked
+
+
+def edged(video: np.ndarray, given: list[np.ndarray]) -> np.ndarray:
+    """The video with an edge: white around frames that are among those given, else dark."""
+    white_T = [any(frame.shape == g.shape and (frame == g).all() for g in given) for frame in video]
+    framed = np.pad(video, [(0, 0), (2, 2), (2, 2), (0, 0)], constant_values=40)
+    inside = np.zeros(framed.shape[1:3], bool)
+    inside[2:-2, 2:-2] = True
+    return np.where(np.array(white_T)[:, None, None, None] & ~inside[..., None], np.uint8(255), framed)
+
+
+def main() -> None:
+    launch.prepare()
+    weights, out = command.WEIGHTS.value, pathlib.Path(command.OUT.value)
+    trained = generate.load(weights)
+    (_, sy, sx), (_, py, px) = make_codec(trained.config.codec).stride, trained.config.model.patch
+    wanted = [asked_by(words, (sy * py, sx * px)) for words in commands((ROOT / "README.md").read_text())]
+    videos = generate.sample([asked.request for _, asked in wanted], trained)
+    for (name, asked), video in zip(wanted, videos):
+        request = asked.request
+        given = [frame for v in request.videos for frame in v]
+        given += [] if request.image_YxXx3 is None else [request.image_YxXx3]
+        video = edged(video, given)
+        if len(video) > MOST:
+            video = np.concatenate([video[: MOST // 2], video[-MOST // 2 :]], axis=2)
+        write_gif(out / f"{name}.gif", video, request.fps, scale=SCALE)
+        print(f"{out / name}.gif {(out / name).with_suffix('.gif').stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    flags.FLAGS.set_default("out", str(pathlib.Path(__file__).parent / "pictures"))
+    flags.FLAGS(sys.argv)
+    main()
