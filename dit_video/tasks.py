@@ -551,12 +551,18 @@ def _legal(frames: int, stride: int) -> int:
 
 
 def _canvas(request, frames, *parts):
-    """given_TxYxXx3 (uint8) and known_TxYxX of a clip that holds each (first frame, video_FxYxXx3) of `parts`."""
+    """given_TxYxXx3 (uint8) and known_TxYxX of a clip that holds each (first frame, video_FxYxXx3) of `parts`.
+
+    Frames between and beyond them repeat the nearest: that is the context in which a learned codec encodes what is given.
+    """
     given_TxYxXx3 = np.zeros((frames, request.height, request.width, 3), np.uint8)
     known_TxYxX = np.zeros(given_TxYxXx3.shape[:3], bool)
     for first, video_FxYxXx3 in parts:
         at = slice(first, first + len(video_FxYxXx3))
         given_TxYxXx3[at], known_TxYxX[at] = video_FxYxXx3, True
+    if parts:
+        given_F = np.flatnonzero(known_TxYxX[:, 0, 0])
+        given_TxYxXx3 = given_TxYxXx3[given_F[np.abs(np.arange(frames)[:, None] - given_F).argmin(1)]]
     return given_TxYxXx3, known_TxYxX
 
 

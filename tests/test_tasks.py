@@ -276,6 +276,17 @@ def test_what_the_model_does_not_know_of_the_given_is_counted():
     assert ": 8 given frames in groups of 4 that are given in part, 0 given pixels" in interpolated
 
 
+@pytest.mark.parametrize("name", ["animate", "forward", "backward", "connect", "loop"])
+def test_frames_that_are_not_given_repeat_the_nearest_that_is(name):
+    """A learned codec encodes a frame by those around it: none of them is black."""
+    request = ALL_TASKS[name]
+    task = animate(request, layout_of(tiny_config()), LEVEL_K) if name == "animate" else laid(request)
+    given = np.flatnonzero(task.known_TxYxX.all((1, 2)))
+    for t, frame in enumerate(task.given_TxYxXx3):
+        apart = np.abs(given - t)
+        assert any((frame == task.given_TxYxXx3[g]).all() for g in given[apart == apart.min()])
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("new", range(1, 10))
 def test_extending_by_any_number(direction, new):

@@ -21,6 +21,8 @@ for name, thing in OBJECTS.items():
     video_TxYxXx3 = shapes.render(shapes.Scene((thing,), BACKGROUND), np.arange(13) / 8, 32, 48)
     write_mp4(FOLDER / f"{name}.mp4", video_TxYxXx3, fps=8, scale=1)
     write_png(FOLDER / f"{name}.png", video_TxYxXx3[0])
+    if name == "circle":  # most of a period, for a loop to close
+        write_mp4(FOLDER / "arc.mp4", video_TxYxXx3[:9], fps=8, scale=1)
 mask_YxXx3 = np.zeros((32, 48, 3), np.uint8)
 mask_YxXx3[8:24, 20:40] = 255
 write_png(FOLDER / "mask.png", mask_YxXx3)
