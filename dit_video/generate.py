@@ -252,14 +252,16 @@ def _roll_out_causally(requests, starts, layout: Layout, scales, trained: Traine
     the same however long the video is.
     """
     counts = [rollout_latents(request, layout)[2] for request in requests]
-    made, caches = [[] for _ in requests], []
+    videos, last, caches = [[] for _ in requests], [], []
     for t in range(max(counts)):
         tasks = [latent_frame(request, layout, start, t) for request, start in zip(requests, starts)]
         frames, caches = _pack_and_solve(tasks, scales, trained, how, mesh, caches)
-        for latents, frame_1xYxXxC in zip(made, frames):
-            latents.append(frame_1xYxXxC)
-    whole = [np.concatenate(latents[:count]) for latents, count in zip(made, counts)]
-    return [to_uint8(layout.codec.decode(w))[: r.frames] for w, r in zip(whole, requests)]
+        for i, frame_1xYxXxC in enumerate(frames):
+            # Decoded as it comes, after the one before it.
+            latents_TxYxXxC = np.concatenate([last[i], frame_1xYxXxC]) if t else frame_1xYxXxC
+            videos[i] += [to_uint8(layout.codec.decode(latents_TxYxXxC)[min(t, 1) :])] if t < counts[i] else []
+        last = frames
+    return [np.concatenate(video)[: request.frames] for video, request in zip(videos, requests)]
 
 
 def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Trained, how, mesh, caches=None):
