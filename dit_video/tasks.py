@@ -553,7 +553,7 @@ def _legal(frames: int, stride: int) -> int:
 def _canvas(request, frames, *parts):
     """given_TxYxXx3 (uint8) and known_TxYxX of a clip that holds each (first frame, video_FxYxXx3) of `parts`.
 
-    Frames between and beyond them repeat the nearest: that is the context in which a learned codec encodes what is given.
+    Frames between and beyond them repeat the nearest: that is the context in which a learned codec encodes the given.
     """
     given_TxYxXx3 = np.zeros((frames, request.height, request.width, 3), np.uint8)
     known_TxYxX = np.zeros(given_TxYxXx3.shape[:3], bool)
