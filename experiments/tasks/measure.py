@@ -21,6 +21,9 @@ from experiments.tasks import studies
 WEIGHTS = flags.DEFINE_string("weights", None, "A run's workdir, or a .safetensors file.", required=True)
 COUNT = flags.DEFINE_integer("count", 64, "Answers per task.", lower_bound=2)
 ONLY = flags.DEFINE_list("only", [], "Tasks to measure, by the table's names; by default all.")
+MAIN = flags.DEFINE_string(
+    "main", None, "What `python -m dit_video.evaluate --out=FILE` wrote of the main job: text may be 3 points below it."
+)
 OUT = flags.DEFINE_string("out", str(pathlib.Path(__file__).parent), "The folder of results.json and README.md.")
 
 MARKS = "<!-- The table, written by measure.py -->", "<!-- The table's end -->"
@@ -49,7 +52,8 @@ def main(_):
     launch.prepare()
     trained, count, folder = generate.load(WEIGHTS.value), COUNT.value, pathlib.Path(OUT.value)
     make = lambda requests: generate.sample(requests, trained)
-    measures = studies.measures(count, causal=bool(trained.config.model.window))
+    main_job = json.loads(pathlib.Path(MAIN.value).read_text()) if MAIN.value else {}
+    measures = studies.measures(count, bool(trained.config.model.window), main_job)
     if unknown := set(ONLY.value) - set(measures):
         raise app.UsageError(f"--only names {sorted(unknown)}. Allowed: {', '.join(measures)}.")
 
