@@ -7,7 +7,16 @@ import pytest
 
 from dit_video.data import shapes
 from experiments.tasks import figures
-from experiments.tasks.studies import STUDIES, goal_of, measure_study, reached, table
+from experiments.tasks.studies import (
+    STUDIES,
+    goal_of,
+    measure_rollout,
+    measure_study,
+    measure_text,
+    measure_unseen,
+    reached,
+    table,
+)
 
 COUNT = 12
 
@@ -140,6 +149,42 @@ def test_what_is_hidden_is_hidden_wholly_and_for_the_middle_third_alone():
         touched = figures.objects_pixels(case, (0,))
         assert not (touched & case.known_TxYxX)[5:9].any()
         assert case.known_TxYxX[:5].all() and case.known_TxYxX[9:].all()
+
+
+def as_prompted(requests):
+    """True clips of the prompts."""
+    videos = []
+    for i, r in enumerate(requests):
+        scene = shapes.draw_scene(np.random.default_rng(i), shapes.parse_caption(r.prompt))
+        videos.append(shapes.render(scene, np.arange(r.frames) / r.fps, r.height, r.width))
+    return videos
+
+
+def test_true_clips_of_prompts_reach_every_goal():
+    main = {"kinds": {kind: {"all": {"mean": 1.0}} for kind in ("one object", "two objects")}}
+    found = [*measure_text(main, 4, as_prompted), *measure_unseen(6, as_prompted)]
+    found += [r for r in measure_rollout(False, 4, as_prompted) if "quarter" in r["figure"]]
+    assert len(found) == 4 + 2 + 3 + 3
+    assert all(r["values"]["all"] >= 0.98 and reached(r) in ("yes", "") for r in found), found
+
+
+def test_a_roll_out_that_freezes_halfway_does_not_hold():
+    def freezing(requests):
+        return [
+            np.concatenate([v[: len(v) // 2], np.repeat(v[:1], len(v) - len(v) // 2, 0)]) for v in as_prompted(requests)
+        ]
+
+    first, last, share, *_ = measure_rollout(True, 4, freezing)
+    assert first["values"]["all"] == 1 and last["values"]["all"] == 0 and reached(share) == "no"
+
+
+def test_prompts_followed_on_trained_sizes_alone_are_seen():
+    def square_is_right(requests):
+        trained = lambda r: (r.width, r.height) in shapes.CANVASES
+        return [v if trained(r) else np.repeat(v[:1], len(v), 0) for r, v in zip(requests, as_prompted(requests))]
+
+    on_seen, on_other, share = measure_unseen(6, square_is_right)
+    assert on_seen["values"]["all"] == 1 and on_other["values"]["all"] == 0 and reached(share) == "no"
 
 
 def test_the_table_says_what_is_reached():
