@@ -2,11 +2,13 @@
 
     python -m experiments.tasks.pictures --weights=runs/tasks [--out=FOLDER]
 
+Without --out, README.md shows them too: under its commands are their pictures, put there if they are not yet.
 All that the commands ask for is sampled at once, packed; a picture has the name of its command's --out. Frames that
 were given have a white edge. Of a video longer than MOST frames the first and the last stand side by side.
 """
 
 import pathlib
+import re
 import shlex
 import sys
 
@@ -23,15 +25,18 @@ from dit_video.requests import Asked, read
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECTION = "## Every task from one model"
 MOST, SCALE = 26, 3
+PICTURES = str(pathlib.Path(__file__).parent / "pictures")
 
 
 def commands(text: str) -> list[list[str]]:
-    """The flags of each of the section's commands with a --task that starts from the small trained model."""
+    """The flags of each of the section's commands that `wanted` says."""
     section = text.split(SECTION)[1].split("\n## ")[0]
-    lines = [shlex.split(line) for line in section.splitlines() if line.startswith("python -m dit_video.sample")]
-    return [
-        words[3:] for words in lines if any(word.startswith("--task=") for word in words) and "--causal" not in words
-    ]
+    return [shlex.split(line)[3:] for line in section.splitlines() if wanted(line)]
+
+
+def wanted(line: str) -> bool:
+    """Whether a line is a command with a --task that starts from the small trained model."""
+    return line.startswith("python -m dit_video.sample --weights=") and "--task=" in line
 
 
 def asked_by(words: list[str], step_yx) -> tuple[str, Asked]:
@@ -40,6 +45,20 @@ def asked_by(words: list[str], step_yx) -> tuple[str, Asked]:
         flags.FLAGS(["sample", *words])
         (asked,) = [one for fields in command.fields_from_flags() for one in read(fields, step_yx)]
         return pathlib.Path(command.OUT.value).name, asked
+
+
+def illustrated(text: str) -> str:
+    """README.md's text with the pictures of each of the section's blocks of commands in the line below it."""
+
+    def under(block: re.Match) -> str:
+        names = [re.search(r"--out=samples/(\w+)", line)[1] for line in block[1].splitlines() if wanted(line)]
+        pictures = " ".join(f"![{name}](experiments/tasks/pictures/{name}.gif)" for name in names)
+        return block[1] + (f"\n{pictures}\n" if names else block[2] or "")
+
+    before, section = text.split(SECTION)
+    section, *rest = section.split("\n## ", 1)
+    section = re.sub(r"(```sh\n.*?```\n)(\n!\[.*?\n)?", under, section, flags=re.DOTALL)
+    return before + SECTION + "\n## ".join([section, *rest])
 
 
 def edged(video: np.ndarray, given: list[np.ndarray]) -> np.ndarray:
@@ -53,10 +72,9 @@ def edged(video: np.ndarray, given: list[np.ndarray]) -> np.ndarray:
 
 def main() -> None:
     launch.prepare()
-    weights, out = command.WEIGHTS.value, pathlib.Path(command.OUT.value)
-    trained = generate.load(weights)
+    trained, out, readme = generate.load(command.WEIGHTS.value), pathlib.Path(command.OUT.value), ROOT / "README.md"
     (_, sy, sx), (_, py, px) = make_codec(trained.config.codec).stride, trained.config.model.patch
-    wanted = [asked_by(words, (sy * py, sx * px)) for words in commands((ROOT / "README.md").read_text())]
+    wanted = [asked_by(words, (sy * py, sx * px)) for words in commands(readme.read_text())]
     videos = generate.sample([asked.request for _, asked in wanted], trained)
     for (name, asked), video in zip(wanted, videos):
         request = asked.request
@@ -68,8 +86,11 @@ def main() -> None:
         write_gif(out / f"{name}.gif", video, request.fps, scale=SCALE)
         print(f"{out / name}.gif {(out / name).with_suffix('.gif').stat().st_size / 1000:.0f} kB")
 
+    if command.OUT.value == PICTURES:
+        readme.write_text(illustrated(readme.read_text()))
+
 
 if __name__ == "__main__":
-    flags.FLAGS.set_default("out", str(pathlib.Path(__file__).parent / "pictures"))
+    flags.FLAGS.set_default("out", PICTURES)
     flags.FLAGS(sys.argv)
     main()
