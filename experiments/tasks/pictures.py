@@ -24,7 +24,7 @@ from dit_video.requests import Asked, read
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECTION = "## Every task from one model"
-MOST, SCALE = 26, 3
+MOST, MOST_BYTES = 26, 200_000
 PICTURES = str(pathlib.Path(__file__).parent / "pictures")
 
 
@@ -83,8 +83,11 @@ def main() -> None:
         video = edged(video, given)
         if len(video) > MOST:
             video = np.concatenate([video[: MOST // 2], video[-MOST // 2 :]], axis=2)
-        write_gif(out / f"{name}.gif", video, request.fps, scale=SCALE)
-        print(f"{out / name}.gif {(out / name).with_suffix('.gif').stat().st_size / 1000:.0f} kB")
+        file = out / f"{name}.gif"
+        write_gif(file, video, request.fps, scale=3)
+        if file.stat().st_size > MOST_BYTES:
+            write_gif(file, video, request.fps, scale=2)
+        print(f"{file} {file.stat().st_size / 1000:.0f} kB")
 
     if command.OUT.value == PICTURES:
         readme.write_text(illustrated(readme.read_text()))
