@@ -4,7 +4,7 @@
 
 Without --out, README.md shows them too: under its commands are their pictures, put there if they are not yet.
 All that the commands ask for is sampled at once, packed; a picture has the name of its command's --out. Frames that
-were given have a white edge. Of a video longer than MOST frames the first and the last stand side by side.
+were given have a white edge. Of a video longer than MOST frames the first SHOWN and the last stand side by side.
 """
 
 import pathlib
@@ -24,7 +24,7 @@ from dit_video.requests import Asked, read
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECTION = "## Every task from one model"
-MOST, MOST_BYTES = 26, 200_000
+MOST, SHOWN, MOST_BYTES = 60, 13, 200_000
 PICTURES = str(pathlib.Path(__file__).parent / "pictures")
 
 
@@ -82,7 +82,7 @@ def main() -> None:
         given += [] if request.image_YxXx3 is None else [request.image_YxXx3]
         video = edged(video, given)
         if len(video) > MOST:
-            video = np.concatenate([video[: MOST // 2], video[-MOST // 2 :]], axis=2)
+            video = np.concatenate([video[:SHOWN], video[-SHOWN:]], axis=2)
         file = out / f"{name}.gif"
         write_gif(file, video, request.fps, scale=3)
         if file.stat().st_size > MOST_BYTES:
