@@ -16,11 +16,11 @@ def get_config(form="long"):
     config.data.waiting, config.data.still_share = 128, 0.1
     config.model.width, config.model.depth, config.model.heads, config.model.mlp_width = 192, 4, 3, 768
     config.model.text_pool = True
-    config.flow.mean, config.flow.weight_floor = 1.0, 0.5
+    config.flow.mean, config.flow.weight_floor = 1.5, 0.5
     config.optimizer.kind, config.optimizer.muon_lr = "muon", 0.03
     config.optimizer.decay, config.optimizer.ema = 0.6, 0.998
     config.sample.shift = 3.0
-    config.steps, config.eval_every, config.sample_every = 8000, 1000, 4000
+    config.steps, config.eval_every, config.sample_every = 12_000, 1000, 4000
     if form == "quick":
         config.steps, config.eval_every, config.sample_every = 1000, 0, 0
         config.data.pair_share, config.data.still_share = 0.0, 0.05

@@ -172,9 +172,10 @@ def draw_labels(rng, count, pool=_TRAINED):
 def draw_scene(rng, labels):
     """A Scene of these labels (with motions): centres, phases and background from `rng`.
 
-    One object circles about the middle; two have opposite corners of the room, and are placed such that they stay
-    apart at all times; if no draw of 256 does, the one that comes nearest to it is taken. Where an orbit lies is thus
-    known well before its motion is: with centres anywhere a model needs some ten times the steps to follow motions.
+    One object circles about the middle. Of two, the one named first has the upper left corner of the room, the other
+    the lower right one, and their phases are such that they stay apart at all times; if no draw of 256 does, the one
+    that comes nearest to it is taken. Where an orbit lies is thus known well before its motion is: with centres
+    anywhere a model needs some ten times the steps to follow motions.
     """
     best, best_gap = None, -np.inf
     for _ in range(8):
@@ -195,9 +196,7 @@ def _draw_centres(rng, count):
     jitter_RxKx2 = _JITTER[count] * rng.random((32, count, 2))
     if count == 1:
         return 0.5 + jitter_RxKx2 - _JITTER[1] / 2
-    corner_Rx2 = rng.integers(2, size=(32, 2))
-    corner_RxKx2 = np.stack([corner_Rx2, 1 - corner_Rx2], 1)
-    return np.abs(corner_RxKx2 - jitter_RxKx2)
+    return np.abs(np.array([[0, 0], [1, 1]]) - jitter_RxKx2)
 
 
 def _draw_background(rng):
