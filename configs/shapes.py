@@ -27,4 +27,5 @@ def get_config(form="long"):
         config.optimizer.warmup, config.optimizer.ema = 40, 0.99
     if form == "tasks":
         config.flow.mixture.update(base.EVERY_TASK)
+        config.flow.causal_share, config.model.window = 0.1, 3
     return config
