@@ -19,9 +19,9 @@ EVERY_TASK = {
 
 
 def check_form(form: str, forms) -> None:
-    """Raises ValueError where what stands behind a config file's colon is none of its forms."""
+    """Raises LookupError where what stands behind a config file's colon is none of its forms."""
     if form not in forms:
-        raise ValueError(f"form {form!r} is not known. Allowed: {', '.join(forms)}.")
+        raise LookupError(f"form {form!r} is not known. Allowed: {', '.join(forms)}.")
 
 
 def get_config() -> ml_collections.ConfigDict:

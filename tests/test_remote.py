@@ -4,6 +4,7 @@ The store is in memory. etils.epath reaches it through fsspec, and orbax's tenso
 """
 
 import http.server
+import io
 import json
 import threading
 import urllib.parse
@@ -40,7 +41,8 @@ class Store(MemoryFileSystem):
 
     def _open(self, path, mode="rb", **more):
         assert mode in ("rb", "wb"), f"{path} is opened with mode {mode!r}"
-        return super()._open(path, mode, **more)
+        file = super()._open(path, mode, **more)
+        return io.BytesIO(file.getvalue()) if mode == "rb" else file  # each reader has a place of its own
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -144,7 +146,7 @@ def test_checkpoints_in_a_bucket(bucket):
         checkpoints.save(3, state, {}, {}, wait=True)
         assert checkpoints.steps() == [2, 3]
     for step in (2, 3):
-        (bucket / "run" / f"{step:08d}" / "config.json").write_text("{}")
+        (bucket / "run" / f"{step:08d}" / "config.json").write_text("{ }")
     with (
         pytest.raises(CheckpointError, match=r"steps \[2, 3\] are all damaged"),
         Checkpoints(bucket / "run") as checkpoints,
