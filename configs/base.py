@@ -18,6 +18,12 @@ EVERY_TASK = {
 }
 
 
+def check_form(form: str, forms) -> None:
+    """Raises LookupError where what stands behind a config file's colon is none of its forms."""
+    if form not in forms:
+        raise LookupError(f"form {form!r} is not known. Allowed: {', '.join(forms)}.")
+
+
 def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.name = "base"

@@ -18,6 +18,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 
 def get_config(form="S/2"):
+    base.check_form(form, [f"{size}/{patch}" for size in SIZES for patch in (2, 4, 8)])
     size, patch = form.split("/")
     config = base.get_config()
     config.name = f"DiT-{form}"

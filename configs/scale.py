@@ -18,6 +18,7 @@ SIZES = {
 
 
 def get_config(form="wan-14B"):
+    base.check_form(form, SIZES)
     config = base.get_config()
     config.name, d, m = f"scale-{form}", config.data, config.model
     m.depth, m.width, m.heads, m.mlp_width, d.max_tokens, d.length, d.rows, sequence = SIZES[form]

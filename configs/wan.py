@@ -21,6 +21,7 @@ SIZES = {
 
 
 def get_config(form="T2V-1.3B"):
+    base.check_form(form, SIZES)
     config = base.get_config()
     config.name = f"Wan-{form}"
     model, codec = config.model, config.codec

@@ -18,3 +18,7 @@ def __getattr__(name):
     import importlib
 
     return getattr(importlib.import_module(f"dit_video.{_FACES[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *_FACES})  # what a notebook completes

@@ -13,11 +13,12 @@ def parse(config, argv):
     try:
         left = app.parse_flags_with_usage(argv)
         _ = config.value.name  # a file that is not there is an error only once the config is used
-    except (AttributeError, KeyError, OSError) as error:
+    except (AttributeError, LookupError, OSError) as error:
         while isinstance(error.args[0], Exception):
             error = error.args[0]
         text = " ".join(str(error.args[0]).split())
-        sys.exit(text if isinstance(error, OSError) else f"the config has no such key: {text}")
+        of_a_key = isinstance(error, AttributeError | KeyError)
+        sys.exit(f"the config has no such key: {text}" if of_a_key else text)
     if len(left) > 1:
         sys.exit(f"{left[1]!r} is no flag: flags begin with --, as in --config.steps=100.")
     return left

@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import typing
 
 import jax
@@ -42,11 +43,22 @@ class Restored(typing.NamedTuple):
     config: dict
 
 
+def check_place(directory) -> None:
+    """Raises ValueError for a store that orbax keeps no arrays in: for all but disks and gs://."""
+    scheme = re.match(r"(\w+)://", os.fspath(directory))
+    if scheme and scheme[1] != "gs":
+        raise ValueError(
+            f"{os.fspath(directory)} is on {scheme[0]}, and checkpoints lie on a disk or on gs://. Give one of these, "
+            "or mount the other as a folder."
+        )
+
+
 class Checkpoints:
-    """The checkpoints of one run, in a directory of their own: local, or anything that etils.epath opens."""
+    """The checkpoints of one run, in a directory of their own: on a disk, or on gs://."""
 
     def __init__(self, directory, keep=3):
         """keep: how many complete checkpoints stay; older ones go once a newer one is complete."""
+        check_place(directory)
         if keep < 1:
             raise ValueError(f"keep={keep} would delete the checkpoint just written. Use 1 or more, better 2.")
         self.directory = epath.Path(directory)

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from dit_video import arguments
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's checkpoints, metrics and gallery go; may be remote.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, metrics, gallery; may be on gs://.")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; with --coordinator.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")

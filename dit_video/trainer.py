@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video import generate
-from dit_video.checkpoint import Checkpoints
+from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
 from dit_video.data.loader import fill, make_loader, make_source
 from dit_video.flow import named_key
@@ -63,10 +63,12 @@ def train(config, workdir) -> State:
     Leaves there: config.json, versions.json, checkpoints/, metrics.jsonl, tensorboard/, gallery/index.html and, at
     the end, weights.safetensors. Typed again it resumes; a finished run says so and returns. After SIGTERM or SIGINT
     it saves and raises Preempted (exit code 75). Raises FloatingPointError after ten bad gradients in a row, and
-    ValueError for a config that cannot run, or that is not the one the workdir was begun with.
+    ValueError for a config that cannot run, or that is not the one the workdir was begun with, and for a workdir that
+    is neither on a disk nor on gs://.
     """
     # The config.
     check_config(config)
+    check_place(workdir)
     workdir = epath.Path(workdir)
     mesh, first = make_mesh(config.mesh), jax.process_index() == 0
     run = make_run(config, mesh)

@@ -17,6 +17,7 @@ from absl.testing import flagsaver
 from PIL import Image
 from test_trainer import tiny
 
+import dit_video
 from dit_video import generate
 from dit_video.data.decode import check, decode
 from dit_video.gallery import write_gif, write_png
@@ -52,6 +53,7 @@ def run(module, *given):
         (["--workdri=x"], ["Unknown command line flag 'workdri'", "Did you mean: workdir"]),
         (["config.steps=3"], ["'config.steps=3' is no flag", "--config.steps=100"]),
         (["--config=configs/shape.py"], ["configs/shape.py", "No such file or directory"]),
+        (["--config=configs/dit.py:M/2"], ["form 'M/2' is not known", "S/2, S/4, S/8, B/2"]),
     ],
 )
 def test_wrong_training_flags(tmp_path, given, words):
@@ -362,6 +364,17 @@ def test_gallery_prompts_are_read():
     for wrong in ("a red circle", "48x32@8: a", "48x32x9: a", "48x32xnine@8: a"):
         with pytest.raises(ValueError, match=r"not of the form '48x32x9@8: a red circle'"):
             parse_prompt(wrong)
+
+
+def test_the_importable_functions_are_those_of_the_commands():
+    """What a notebook imports, and finds by completion: the very functions that the absl mains call."""
+    for name, module in {"train": "trainer", "sample": "generate", "load": "generate", "Request": "tasks"}.items():
+        found = {}
+        exec(f"from dit_video import {name}", found)
+        assert found[name] is getattr(importlib.import_module(f"dit_video.{module}"), name)
+    assert set(dit_video.__all__) <= set(dir(dit_video))
+    with pytest.raises(ImportError, match="cannot import name 'trian'"):
+        exec("from dit_video import trian")
 
 
 def test_configs_are_package_data():

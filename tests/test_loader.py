@@ -10,12 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, clips, shapes
 from dit_video.codecs import make_codec, to_float
 from dit_video.data.clips import ClipsSource
 from dit_video.data.decode import MediaError
 from dit_video.data.loader import Loader, Plan, Shard, fill, make_loader, make_source, split_indices, take
-from dit_video.data.shapes import ShapesSource
 from dit_video.patches import Clip, Grid, unpack
 from dit_video.text import words
 
@@ -114,11 +113,13 @@ def planned_fill(plan, rows):
 # What is in the rows
 
 
-def test_rows_of_the_shapes_world_are_full():
-    """At least 98% of the patches are real, over 1,000 rows; of the text, 45 to 55%: its captions are short."""
-    made = plan(ShapesSource(), limits=(1024, 384, 64), waiting=64)
-    patches, text, _ = planned_fill(made, 1000)
-    assert patches >= 0.98 and 0.4 < text < 0.6
+@pytest.mark.parametrize("form", ["long", "quick"])
+def test_rows_of_the_shapes_world_are_full(open_loader, form):
+    """At least 98% of the patches are real, over 1,000 rows of the config that is shipped; of the text about half."""
+    config = shapes.get_config(form)
+    loader = open_loader(config, words.tokenise, make_codec(config.codec))
+    patches, text, _ = planned_fill(loader._plan, 1000)
+    assert patches >= 0.98 and 0.3 < text < 0.6
 
 
 def test_what_was_planned_is_what_is_packed(open_loader):
@@ -379,3 +380,13 @@ def test_rows_of_all_real_clips_are_full(text_length, patches, text, shared):
     """1,024 patches of them come with about 430 text tokens: in rows of 512 tokens patches are scarce, else text is."""
     made = plan(open_clips(str(shared / "clips")), limits=(1024, text_length, 64), waiting=64)
     assert (planned_fill(made, 1000)[:2] >= (patches, text)).all()
+
+
+@pytest.mark.slow
+def test_rows_of_the_clips_config_are_full(shared, tmp_path, open_loader):
+    """At least 98% of the patches are real, over 1,000 rows of the config that is shipped; of the text about half."""
+    config = clips.get_config()
+    config.data.root = str(shared / "clips")
+    loader = open_loader(config, words.tokenise, make_codec(config.codec), cache=tmp_path / "scan.jsonl")
+    patches, text, _ = planned_fill(loader._plan, 1000)
+    assert patches >= 0.98 and text > 0.4

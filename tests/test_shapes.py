@@ -9,6 +9,8 @@ import pytest
 
 from dit_video.data import shapes
 from dit_video.data.shapes import Background, Label, Object, Scene, ShapesSource
+from dit_video.evaluation.following import Followed, chance, followed
+from dit_video.evaluation.scorer import Reading, score
 
 LABELS = [Label(*x) for x in itertools.product(shapes.SHAPES, shapes.COLOURS, shapes.MOTIONS)]
 # Radius and amplitude by number of objects, in short sides: the rule that makes an orbit follow from its caption.
@@ -247,10 +249,10 @@ def test_scorer_reads_every_clip(count):
     drawn = collections.Counter()
     for i in range(count):
         clip = ShapesSource(11)[i]
-        followed = shapes.followed(shapes.score(clip.video_TxYxXx3, clip.time_T), clip.caption)
+        found = followed(score(clip.video_TxYxXx3, clip.time_T), clip.caption)
         for kind in (clip.video_TxYxXx3.shape[1:3], len(clip.time_T), "all"):
             drawn[kind] += 1
-            wrong[kind] += not followed.all
+            wrong[kind] += not found.all
     assert len(drawn) == 6 + 4 + 1
     assert all(wrong[kind] <= 0.01 * n for kind, n in drawn.items()), wrong
 
@@ -263,8 +265,8 @@ def test_scorer_bears_blur_noise_and_ghosts(count, blur, noise, least):
         clip, rng = ShapesSource(12)[i], np.random.default_rng(i)
         ghost = np.roll(clip.video_TxYxXx3, rng.integers(-8, 9, 2), (1, 2))
         video = blurred(0.88 * clip.video_TxYxXx3 + 0.12 * ghost, blur)
-        readings = shapes.score(to_pixels(video + rng.normal(0, noise, video.shape)), clip.time_T)
-        right += shapes.followed(readings, clip.caption).all
+        readings = score(to_pixels(video + rng.normal(0, noise, video.shape)), clip.time_T)
+        right += followed(readings, clip.caption).all
     assert right >= least * count
 
 
@@ -275,8 +277,8 @@ def test_labels_can_be_read_from_any_half_second():
         scene = any_scene(seed)
         time_T = rng.uniform(0, 1.6) + np.arange(5) / 8
         width, height = shapes.CANVASES[seed // 2 % 6]
-        readings = shapes.score(shapes.render(scene, time_T, height, width), time_T)
-        assert shapes.followed(readings, shapes.caption(scene, moving=True)).all
+        readings = score(shapes.render(scene, time_T, height, width), time_T)
+        assert followed(readings, shapes.caption(scene, moving=True)).all
         true_TxKx2 = shapes.centres(scene, time_T, height, width)
         for r in readings:
             k = [o.colour for o in scene.objects].index(r.label.colour)
@@ -293,7 +295,7 @@ def test_five_frames_tell_the_whole_orbit(fps):
         start, (width, height) = seed % 9, shapes.CANVASES[seed // 2 % 6]
         time_T = np.arange(13) / fps
         seen = slice(start, start + 5)
-        readings = shapes.score(shapes.render(scene, time_T[seen], height, width), np.arange(5) / fps)
+        readings = score(shapes.render(scene, time_T[seen], height, width), np.arange(5) / fps)
         true_TxKx2 = shapes.centres(scene, time_T, height, width)
         for r in readings:
             (k,) = [k for k, o in enumerate(scene.objects) if o.colour == r.label.colour]
@@ -318,7 +320,7 @@ def test_scorer_sees_nothing_in_noise_and_backgrounds():
         circle = Scene((Object("circle", "red", "up-down", (0.5, 0.0), 0.0),), any_scene(seed).background)
         ground = np.tile(shapes.render(circle, time_T, 32, 64)[:, :, -26:], (1, 1, 2, 1))
         for video in (white, 128 + 60 * smooth / smooth.std(), ground, ground + rng.normal(0, 8, ground.shape)):
-            assert shapes.score(to_pixels(video), time_T) == ()
+            assert score(to_pixels(video), time_T) == ()
 
 
 def test_scorer_asks_for_shape_and_motion():
@@ -327,11 +329,11 @@ def test_scorer_asks_for_shape_and_motion():
         scene = any_scene(seed, 1)
         time_T = np.arange(13) / 12
         video = shapes.render(scene, time_T, 32, 64)
-        frozen = shapes.score(np.repeat(video[:1], 13, 0), time_T)
-        shuffled = shapes.score(video[np.random.default_rng(seed).permutation(13)], time_T)
+        frozen = score(np.repeat(video[:1], 13, 0), time_T)
+        shuffled = score(video[np.random.default_rng(seed).permutation(13)], time_T)
         assert [r.label.motion for r in frozen] == ["none"] and [r.label.motion for r in shuffled] == ["none"]
         twice = np.concatenate([video, video], 2)
-        for r in shapes.score(twice, time_T):
+        for r in score(twice, time_T):
             assert np.isnan(r.centre_Tx2).all() and r.label.motion == "none" and r.label.shape == "none"
 
 
@@ -349,26 +351,26 @@ def test_motion_turns_with_the_clip(turn, swaps):
     for seed in range(48):
         scene = any_scene(seed, pool=[x for x in LABELS if x.shape != "triangle"])
         time_T = np.arange(9) / 8
-        readings = shapes.score(turn(shapes.render(scene, time_T, 32, 48)), time_T)
+        readings = score(turn(shapes.render(scene, time_T, 32, 48)), time_T)
         asked = [Label(o.shape, o.colour, swaps.get(o.motion, o.motion)) for o in scene.objects]
         assert sorted(r.label for r in readings) == sorted(asked)
 
 
 def test_followed_tells_the_parts_apart():
     def reading(*label):
-        return shapes.Reading(Label(*label), np.zeros((5, 2)))
+        return Reading(Label(*label), np.zeros((5, 2)))
 
     text = "a red square circles clockwise and a blue cross moves up and down"
     square, cross = reading("square", "red", "clockwise"), reading("cross", "blue", "up-down")
-    assert shapes.followed((cross, square), text) == shapes.Followed(True, True, True, True)
-    assert shapes.followed((square,), text) == shapes.Followed(False, False, False, False)
-    assert shapes.followed((), text) == shapes.Followed(False, False, False, False)
+    assert followed((cross, square), text) == Followed(True, True, True, True)
+    assert followed((square,), text) == Followed(False, False, False, False)
+    assert followed((), text) == Followed(False, False, False, False)
     swapped = (reading("cross", "red", "clockwise"), reading("square", "blue", "up-down"))
-    assert shapes.followed(swapped, text) == shapes.Followed(True, True, True, False)
+    assert followed(swapped, text) == Followed(True, True, True, False)
     unsure = (square, reading("none", "blue", "none"))
-    assert shapes.followed(unsure, text) == shapes.Followed(True, False, False, False)
-    assert shapes.followed((square,), "a picture of a red square").all
-    assert not shapes.followed((reading("square", "red", None),), "a red square circles clockwise").motion
+    assert followed(unsure, text) == Followed(True, False, False, False)
+    assert followed((square,), "a picture of a red square").all
+    assert not followed((reading("square", "red", None),), "a red square circles clockwise").motion
 
 
 @pytest.mark.parametrize(
@@ -385,6 +387,6 @@ def test_chance_is_that_of_random_labels(text):
     nowhere = np.zeros((5, 2))
     count = len(shapes.parse_caption(text))
     guesses = [x for x in itertools.product(LABELS, repeat=count) if len({y.colour for y in x}) == count]
-    hits = [shapes.followed([shapes.Reading(x, nowhere) for x in guess], text) for guess in guesses]
-    for part, share in shapes.chance(text).items():
+    hits = [followed([Reading(x, nowhere) for x in guess], text) for guess in guesses]
+    for part, share in chance(text).items():
         assert np.mean([getattr(hit, part) for hit in hits]) == pytest.approx(share)

@@ -100,7 +100,7 @@ def scan(root, limits=LIMITS, cache=None):
 
     cache: a JSON-lines path that keeps reports and time stamps; a file whose size and modification time are those
     of the cache, under the same limits, is not decoded again. Several hosts should share one: a file that runs into
-    `limits.timeout_s` is used as far as the scan came, which depends on the machine.
+    `limits.timeout_s` is used as far as the scan came, which depends on the machine's speed.
     """
     root = os.fspath(epath.Path(root))
     names, refused = list_files(root)

@@ -54,7 +54,8 @@ class Limits:
     """What one file may ask of us. What its header claims is held against it before a frame is decoded.
 
     max_pixels of a frame; max_frames, max_seconds and max_fps of a video; max_volume = pixels x frames, what a
-    bomb is large in; timeout_s of wall clock for one check or one decode.
+    bomb is large in; timeout_s of this thread's processor time for one check or one decode: what is used of a file must
+    not depend on what else the machine does.
     """
 
     max_pixels: int = 2 * 3840 * 2160
@@ -136,7 +137,7 @@ def check(path, limits=LIMITS):
     damage, last_s = "", 0.0
     with _reading(media.path) as file:
         try:
-            for stamp, length, frame in _frames(file, media, limits, time.monotonic() + limits.timeout_s):
+            for stamp, length, frame in _frames(file, media, limits, time.thread_time() + limits.timeout_s):
                 decoded += 1
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) != size:
@@ -210,7 +211,7 @@ def decode(media, start_s, time_T, height, width, limits=LIMITS):
         if media.stamps:
             stamps = np.asarray(media.stamps)
             wanted_T = stamps[np.maximum(np.searchsorted(stamps, wanted_T + _SAME_S, side="right") - 1, 0)]
-        deadline = time.monotonic() + limits.timeout_s
+        deadline = time.thread_time() + limits.timeout_s
         window = lambda seek: _window(file, media, wanted_T, height, width, limits, deadline, seek)
         # A container without stamps cannot tell where a seek has led.
         if media.first_pts is not None and media.reader == "av" and wanted_T[0] > 0:
@@ -461,14 +462,14 @@ def _frames(file, media, limits, deadline, seek_s=None):
     """Yields (seconds from the first frame, seconds that it lasts, frame), in the order of display.
 
     From the key frame at or before seek_s, or from the start. Raises what the decoder raises, and TimeoutError past
-    the deadline (time.monotonic).
+    the deadline (time.thread_time).
     """
     late = TimeoutError(f"decoding took over {limits.timeout_s:g} s (timeout_s)")
     if media.reader == "pillow":
         picture = _identify(file, _CERTAIN)
         stamp = 0.0
         for index in range(media.frames):
-            if time.monotonic() > deadline:
+            if time.thread_time() > deadline:
                 raise late
             picture.seek(index)
             picture.load()
@@ -485,7 +486,7 @@ def _frames(file, media, limits, deadline, seek_s=None):
         gap = 1 / media.fps if media.fps else 0.0
         counted = 0
         for packet in container.demux(stream):
-            if time.monotonic() > deadline:
+            if time.thread_time() > deadline:
                 raise late
             for frame in packet.decode():
                 if media.first_pts is None:

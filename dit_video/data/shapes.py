@@ -2,11 +2,11 @@
 
 Everything in a clip follows from its caption and a few numbers: an object's orbit has one period for all, its size
 and amplitude follow from the canvas and the number of objects, and so its centre and phase can be read from any five
-frames. Some combinations are never drawn for training, so that prompts can ask for them. `score` reads the labels
-back from pixels alone, of drawn and of generated clips.
+frames. Some combinations are never drawn for training, so that prompts can ask for them. `evaluation/scorer.py`
+reads the labels back from pixels.
 
-T frames, Y x X the canvas in pixels, K objects (at most 2), C colours, P pixels in a list, R draws. Positions are
-(y, x) in pixels, y down; pixel (0, 0) covers [0, 1] x [0, 1]. Time is in seconds. "Short" is a canvas' shorter side.
+T frames, Y x X the canvas in pixels, K objects (at most 2), P pixels in a list, R draws. Positions are (y, x) in
+pixels, y down; pixel (0, 0) covers [0, 1] x [0, 1]. Time is in seconds. "Short" is a canvas' shorter side.
 """
 
 import dataclasses
@@ -67,8 +67,8 @@ CANVASES = ((32, 32), (48, 32), (32, 48), (40, 40), (64, 32), (32, 64))  # width
 DURATIONS = {5: (8,), 9: (8, 12), 13: (8, 12)}  # frames: frames per second
 SPLITS = ("train", "validation")
 
-_RADIUS = {1: 0.20, 2: 0.14}  # by number of objects, in short sides
-_AMPLITUDE = {1: 0.26, 2: 0.17}
+RADIUS = {1: 0.20, 2: 0.14}  # of an object, by how many there are, in short sides
+AMPLITUDE = {1: 0.26, 2: 0.17}  # of an orbit, likewise
 _JITTER = {1: 0.1, 2: 0.1}  # how far apart the orbits' centres may be drawn, in shares of the room
 _HALF_SQUARE, _TRIANGLE, _CROSS_LENGTH, _CROSS_WIDTH = 0.88, 1.36, 1.12, 0.36  # in radii; areas are nearly equal
 _EXTENT = {  # in radii: up, down, left or right
@@ -219,8 +219,8 @@ def _draw_background(rng):
 def _room(shape, motion, count, height, width):
     """Where an orbit's centre may lie: (lowest, highest), each (y, x) in pixels, so that the object stays inside."""
     short = min(height, width)
-    up, down, side = (_RADIUS[count] * short * e for e in _EXTENT[shape])
-    reach_y, reach_x = _AMPLITUDE[count] * short * np.linalg.norm(ORBITS[motion], axis=1)
+    up, down, side = (RADIUS[count] * short * e for e in _EXTENT[shape])
+    reach_y, reach_x = AMPLITUDE[count] * short * np.linalg.norm(ORBITS[motion], axis=1)
     room = np.array([(up + reach_y, side + reach_x), (height - down - reach_y, width - side - reach_x)])
     room.flags.writeable = False
     return room
@@ -238,9 +238,9 @@ def _gap(labels, centre_RxKx2, phase_RxK):
         centre_Rx2 = centre_Rx2 + sign * (low_2 + centre_RxKx2[:, k] * (high_2 - low_2))
         cos_R, sin_R = np.cos(phase_RxK[:, k]), np.sin(phase_RxK[:, k])
         turn_Rx2x2 = np.stack([cos_R, -sin_R, sin_R, cos_R], -1).reshape(-1, 2, 2)
-        orbit_Rx2x2 = orbit_Rx2x2 + sign * _AMPLITUDE[2] * (np.array(ORBITS[label.motion]) @ turn_Rx2x2)
+        orbit_Rx2x2 = orbit_Rx2x2 + sign * AMPLITUDE[2] * (np.array(ORBITS[label.motion]) @ turn_Rx2x2)
     apart_Rx2xt = centre_Rx2[..., None] + orbit_Rx2x2 @ _CIRCLE_2xt
-    return np.sqrt(np.square(apart_Rx2xt).sum(1).min(1)) - _RADIUS[2] * sum(_BOUND[x.shape] for x in labels)
+    return np.sqrt(np.square(apart_Rx2xt).sum(1).min(1)) - RADIUS[2] * sum(_BOUND[x.shape] for x in labels)
 
 
 _CIRCLE_2xt = np.array([f(np.linspace(0, 2 * np.pi, 32, endpoint=False)) for f in (np.cos, np.sin)])
@@ -257,12 +257,12 @@ def centres(scene, time_T, height, width):
         low_2, high_2 = _room(o.shape, o.motion, count, height, width)
         angle_T = 2 * np.pi * time_T / PERIOD + o.phase
         orbit_Tx2 = np.stack([np.cos(angle_T), np.sin(angle_T)], 1) @ np.transpose(ORBITS[o.motion])
-        amplitude = _AMPLITUDE[count] * min(height, width)
+        amplitude = AMPLITUDE[count] * min(height, width)
         centre_KxTx2.append(low_2 + np.array(o.centre_yx) * (high_2 - low_2) + amplitude * orbit_Tx2)
     return np.stack(centre_KxTx2, 1)
 
 
-def _depth(shape, centre_Tx2, radius, height, width):
+def depth_inside(shape, centre_Tx2, radius, height, width):
     """How deep inside the shape each pixel's centre lies, depth_TxYxX in pixels; negative outside."""
     y_TxYx1 = (np.arange(height) + 0.5 - centre_Tx2[:, :1]).astype(np.float32)[:, :, None]
     x_Tx1xX = (np.arange(width) + 0.5 - centre_Tx2[:, 1:]).astype(np.float32)[:, None, :]
@@ -278,15 +278,15 @@ def _depth(shape, centre_Tx2, radius, height, width):
     return np.maximum(upright_TxYxX, np.minimum(thin - y_TxYx1, length - x_Tx1xX))
 
 
-def _cover_and_shade(depth, radius):
+def cover_and_shade(depth, radius):
     """How much of a pixel the shape covers, and how bright its colour is there; both in [0, 1]."""
     core = np.clip(0.5 + depth - _RIM * radius, 0, 1)
     return np.clip(0.5 + depth, 0, 1), _RIM_SHADE + (1 - _RIM_SHADE) * core
 
 
 def _depths(scene, time_T, height, width):
-    radius, centre_TxKx2 = _RADIUS[len(scene.objects)] * min(height, width), centres(scene, time_T, height, width)
-    return [_depth(o.shape, centre_TxKx2[:, k], radius, height, width) for k, o in enumerate(scene.objects)]
+    radius, centre_TxKx2 = RADIUS[len(scene.objects)] * min(height, width), centres(scene, time_T, height, width)
+    return [depth_inside(o.shape, centre_TxKx2[:, k], radius, height, width) for k, o in enumerate(scene.objects)]
 
 
 def visibility(scene, time_T, height, width):
@@ -322,11 +322,11 @@ def render(scene, time_T, height, width):
     background_YxXx3 = _paint_background(scene.background, height, width)
     video_TxYxXx3 = np.repeat(to_pixels(background_YxXx3)[None], len(time_T), 0)
     # Only the pixels that some object touches are painted in each frame.
-    radius, depths = _RADIUS[len(scene.objects)] * min(height, width), _depths(scene, time_T, height, width)
+    radius, depths = RADIUS[len(scene.objects)] * min(height, width), _depths(scene, time_T, height, width)
     touched_P = np.flatnonzero(functools.reduce(np.maximum, depths) > -0.5)
     painted_Px3 = background_YxXx3.reshape(-1, 3)[touched_P % (height * width)]
     for o, depth_TxYxX in zip(scene.objects, depths, strict=True):
-        cover_P, shade_P = _cover_and_shade(depth_TxYxX.ravel()[touched_P], radius)
+        cover_P, shade_P = cover_and_shade(depth_TxYxX.ravel()[touched_P], radius)
         object_Px3 = shade_P[:, None] * np.array(COLOURS[o.colour], np.float32)
         painted_Px3 += cover_P[:, None] * (object_Px3 - painted_Px3)
     video_TxYxXx3.reshape(-1, 3)[touched_P] = to_pixels(painted_Px3)
@@ -452,177 +452,3 @@ def prompts(count, split, seed=0, objects=None):
         frames, fps = durations[(i // 2 + i // 12) % len(durations)]
         out.append(Prompt(describe(labels, moving=True), width, height, frames, fps))
     return out
-
-
-# Reading the labels back
-
-
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """What the scorer saw of one object: its label, and where it was, centre_Tx2 in pixels (nan: not seen).
-
-    shape and motion are "none" where nothing fits; motion is None in a picture.
-    """
-
-    label: Label
-    centre_Tx2: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Followed:
-    """Which parts of a caption a clip shows. `all` is not the conjunction: it asks for them on the same objects."""
-
-    colour: bool
-    shape: bool
-    motion: bool
-    all: bool
-
-
-def _chroma(rgb):
-    """Colour less its brightness: what mixing with grey shrinks and does not turn."""
-    rgb = np.asarray(rgb, np.float32) / 255
-    return rgb - rgb.mean(-1, keepdims=True)
-
-
-_CHROMA_Cx3 = _chroma(list(COLOURS.values()))
-_DIRECTION_Cx3 = _CHROMA_Cx3 / np.linalg.norm(_CHROMA_Cx3, axis=1, keepdims=True)
-_STRONG = 0.35  # the share of colour in a pixel that counts as the object's rather than as a ghost or as noise
-_LEAST_AREA, _MOST_AREA = 0.8, 6.0  # of an object, in squared radii of the pair's and of the single's rule
-_LEAST_LIKENESS = 0.8  # correlation with the best template; less is no shape
-
-
-def score(video_TxYxXx3, time_T):
-    """Reads colours, shapes and motions from pixels alone: a tuple of at most 2 Readings, the largest first.
-
-    video_TxYxXx3: uint8; time_T: seconds. It bears blur, noise of 8 / 255 per channel and faint ghosts. Without a
-    saturated region as large as an object there is no reading.
-    """
-    time_T = np.asarray(time_T, np.float64)
-    frames, height, width, _ = video_TxYxXx3.shape
-    chroma_TxYxXx3 = _chroma(video_TxYxXx3)
-    chroma_TxYxXx3 = chroma_TxYxXx3 - np.median(chroma_TxYxXx3, axis=(0, 1, 2))  # the background's tint
-    along_TxYxXxC = chroma_TxYxXx3 @ _DIRECTION_Cx3.T
-    nearest_TxYxX = along_TxYxXxC.argmax(-1)
-    # A mixture of a colour and grey holds the colour in this share.
-    share_TxYxXxC = np.clip(along_TxYxXxC / np.linalg.norm(_CHROMA_Cx3, axis=1), 0, 1)
-    own_TxYxX = np.take_along_axis(share_TxYxXxC, nearest_TxYxX[..., None], -1)[..., 0]
-    own_TxYxX = np.where(own_TxYxX > _STRONG, own_TxYxX, 0)
-    area_C = np.bincount(nearest_TxYxX.ravel(), own_TxYxX.ravel(), len(COLOURS)) / frames
-
-    short = min(height, width)
-    least, most = _LEAST_AREA * (_RADIUS[2] * short) ** 2, _MOST_AREA * (_RADIUS[1] * short) ** 2
-    found = [c for c in np.argsort(-area_C)[:2] if max(least, 0.3 * area_C.max()) < area_C[c] < most]
-    # Noise has all colours: what is in neither of the two is no world of at most two objects.
-    if not found or area_C[found].sum() < 0.6 * area_C.sum():
-        return ()
-    nearest_TxYxX = np.array(found)[along_TxYxXxC[..., found].argmax(-1)]
-    readings = []
-    for c in found:
-        share_TxYxX = np.where(nearest_TxYxX == c, share_TxYxXxC[..., c], 0)
-        share_TxYxX, centre_Tx2 = _locate(share_TxYxX, _RADIUS[len(found)] * short, least)
-        motion = _read_motion(centre_Tx2, time_T, _AMPLITUDE[len(found)] * short) if frames > 1 else None
-        label = Label(_read_shape(share_TxYxX, centre_Tx2), tuple(COLOURS)[c], motion)
-        readings.append(Reading(label, centre_Tx2))
-    return tuple(readings)
-
-
-def _locate(share_TxYxX, radius, least):
-    """The object in each frame: its pixels' share_TxYxX (0 elsewhere) and its centre_Tx2.
-
-    nan where its area is below `least` or where much of its colour is elsewhere, as in a clip with two of it.
-    """
-    _, height, width = share_TxYxX.shape
-    y_Y, x_X = np.arange(height) + 0.5, np.arange(width) + 0.5
-    # A sum over boxes finds the object among ghosts and specks; its centre of mass then moves the box onto it.
-    strong_TxYxX = np.where(share_TxYxX > _STRONG, share_TxYxX, 0)
-    near_YxY, near_XxX = np.abs(y_Y[:, None] - y_Y) < radius, np.abs(x_X[:, None] - x_X) < radius
-    sum_TxYxX = near_YxY.astype(np.float32) @ strong_TxYxX @ near_XxX.astype(np.float32)
-    peak_T = sum_TxYxX.reshape(len(sum_TxYxX), -1).argmax(1)
-    centre_Tx2 = np.stack([y_Y[peak_T // width], x_X[peak_T % width]], 1)
-    weak_TxYxX = np.where(share_TxYxX > 0.12, share_TxYxX, 0)  # above the noise: the soft edge that centres need
-    for _ in range(3):
-        far_TxY, far_TxX = np.abs(y_Y - centre_Tx2[:, :1]), np.abs(x_X - centre_Tx2[:, 1:])
-        near_TxYxX = (far_TxY < 1.7 * radius)[:, :, None] & (far_TxX < 1.7 * radius)[:, None]
-        mass_TxYxX = weak_TxYxX * near_TxYxX
-        area_T = np.maximum(mass_TxYxX.sum((1, 2)), 1e-6)
-        centre_Tx2 = np.stack([mass_TxYxX.sum(2) @ y_Y, mass_TxYxX.sum(1) @ x_X], 1) / area_T[:, None]
-    alone_T = (strong_TxYxX * near_TxYxX).sum((1, 2)) > 0.65 * strong_TxYxX.sum((1, 2))
-    return mass_TxYxX, np.where(((area_T > least) & alone_T)[:, None], centre_Tx2, np.nan)
-
-
-def _read_shape(share_TxYxX, centre_Tx2):
-    """The shape whose template, of the same area at the same centres, correlates best over all frames; or "none"."""
-    seen_T = np.isfinite(centre_Tx2[:, 0])
-    if not seen_T.any():
-        return "none"
-    share_TxYxX, centre_Tx2 = share_TxYxX[seen_T], centre_Tx2[seen_T]
-    _, height, width = share_TxYxX.shape
-    size = np.sqrt(share_TxYxX.sum((1, 2)).mean())
-    likeness = {}
-    for shape in SHAPES:
-        radius = size / _AREA_ROOT[shape]
-        depth_TxYxX = _depth(shape, centre_Tx2, radius, height, width)
-        cover_TxYxX, shade_TxYxX = _cover_and_shade(depth_TxYxX, radius)
-        likeness[shape] = np.corrcoef((cover_TxYxX * shade_TxYxX).ravel(), share_TxYxX.ravel())[0, 1]
-    best = max(likeness, key=likeness.get)
-    return best if likeness[best] > _LEAST_LIKENESS else "none"
-
-
-def _area_root(shape):
-    depth_1xYxX = _depth(shape, np.array([[64.0, 64.0]]), 32, 128, 128)
-    return float(np.sqrt(np.prod(_cover_and_shade(depth_1xYxX, 32), axis=0).sum()) / 32)
-
-
-_AREA_ROOT = {shape: _area_root(shape) for shape in SHAPES}  # of a shape of radius 1, its rim counted by its shade
-
-
-def _read_motion(centre_Tx2, time_T, amplitude):
-    """The motion whose orbit fits best (least squares over centre, amplitude and phase); "none" where none fits."""
-    seen_T = np.isfinite(centre_Tx2[:, 0])
-    if seen_T.sum() < max(4, 0.6 * len(time_T)):
-        return "none"
-    angle_T = 2 * np.pi * time_T[seen_T] / PERIOD
-    cos_sin_Tx2 = np.stack([np.cos(angle_T), np.sin(angle_T)], 1)
-    later_Tx2 = np.stack([-np.sin(angle_T), np.cos(angle_T)], 1)  # a quarter period on
-    target_P = centre_Tx2[seen_T].ravel()
-    shift_Px2 = np.tile(np.eye(2), (len(angle_T), 1))
-    best, best_error = "none", 0.3 * amplitude
-    for motion, orbit_2x2 in ORBITS.items():
-        waves_Px2 = np.stack([(x @ np.transpose(orbit_2x2)).ravel() for x in (cos_sin_Tx2, later_Tx2)], 1)
-        design_Px4 = np.concatenate([shift_Px2, waves_Px2], 1)
-        fit_4 = np.linalg.lstsq(design_Px4, target_P, rcond=None)[0]
-        error = np.sqrt(2 * np.mean((design_Px4 @ fit_4 - target_P) ** 2))
-        if error < best_error and 0.4 < np.hypot(*fit_4[2:]) / amplitude < 2:
-            best, best_error = motion, error
-    return best
-
-
-def followed(readings, text):
-    """What of a caption the readings show, as Followed. A caption of a picture asks for no motion."""
-    asked = parse_caption(text)
-    seen = [r.label for r in readings]
-    if not any(x.motion for x in asked):
-        seen = [x._replace(motion=None) for x in seen]
-    same = [sorted(map(str, a)) == sorted(map(str, b)) for a, b in zip(_parts(asked), _parts(seen), strict=True)]
-    return Followed(*same)
-
-
-def _parts(labels):
-    return [x.colour for x in labels], [x.shape for x in labels], [x.motion for x in labels], labels
-
-
-def chance(text):
-    """The probabilities of each part of Followed for a clip of as many objects with random labels."""
-    asked = parse_caption(text)
-    moving = any(x.motion for x in asked)
-    c, s, m = len(COLOURS), len(SHAPES), len(MOTIONS) if moving else 1
-    if len(asked) == 1:
-        return {"colour": 1 / c, "shape": 1 / s, "motion": 1 / m, "all": 1 / (c * s * m)}
-    pairs = c * (c - 1)  # two objects have different colours; the order is free
-    orders_s, orders_m = (len({getattr(x, part) for x in asked}) for part in ("shape", "motion"))
-    return {
-        "colour": 2 / pairs,
-        "shape": orders_s / s**2,
-        "motion": orders_m / m**2,
-        "all": 2 / (pairs * s**2 * m**2),
-    }

@@ -15,7 +15,7 @@ import time
 
 import jax
 from absl import app, flags, logging
-from step import model_config, random_batch
+from step import model_config, random_batch, timed
 
 from dit_video.checkpoint import Checkpoints, digest
 from dit_video.step import make_run
@@ -41,10 +41,8 @@ def main(_):
 
     def once():
         nonlocal state
-        began = time.perf_counter()
-        state, metrics = step(state, batch, key)
-        jax.block_until_ready((state, metrics))
-        return time.perf_counter() - began
+        state, seconds = timed(step, state, batch, key)
+        return seconds
 
     once()
     before = statistics.median(once() for _ in range(3))

@@ -9,13 +9,12 @@ the median over the rounds of each to one device's in the same round.
 
 import os
 import statistics
-import time
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax
 from absl import app, flags
-from step import model_config, random_batch
+from step import model_config, random_batch, timed
 
 from dit_video.sharding import global_batch, make_mesh, state_shardings
 from dit_video.step import make_run
@@ -41,10 +40,8 @@ def stepper(sizes: dict | None):
 
     def once():
         nonlocal state
-        began = time.perf_counter()
-        state, metrics = step(state, batch, key)
-        jax.block_until_ready((state, metrics))
-        return time.perf_counter() - began
+        state, seconds = timed(step, state, batch, key)
+        return seconds
 
     return once
 

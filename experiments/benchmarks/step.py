@@ -58,6 +58,14 @@ def random_batch(config, run) -> Batch:
     return Batch(Patches(**vars(p)), batch.ids_BxSxK, batch.prompt_BxS)
 
 
+def timed(step, state, batch, key):
+    """(the state after a step, the seconds until all of it was there)."""
+    began = time.perf_counter()
+    state, metrics = step(state, batch, key)
+    jax.block_until_ready((state, metrics))
+    return state, time.perf_counter() - began
+
+
 def main(_):
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print("model     tokens  rows  seconds  GFLOP/s  peak GFLOP/s  share")
@@ -71,10 +79,8 @@ def main(_):
             before = matmul_peak(jnp.dtype(config.model.dtype), side=3072)
             seconds = []
             for _ in range(RUNS.value + 1):
-                began = time.perf_counter()
-                state, metrics = step(state, batch, key)
-                jax.block_until_ready((state, metrics))
-                seconds.append(time.perf_counter() - began)
+                state, took = timed(step, state, batch, key)
+                seconds.append(took)
             peak = max(before, matmul_peak(jnp.dtype(config.model.dtype), side=3072))
             median = statistics.median(seconds[1:])
             rows = config.data.rows

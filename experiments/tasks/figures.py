@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dit_video.data import shapes
+from dit_video.evaluation.scorer import score
 from dit_video.tasks import Request
 
 KNOWN = 5  # frames given to extend, and on the near side of what is connected
@@ -145,7 +146,7 @@ def unchanged(case: Case, video: np.ndarray) -> dict[str, float]:
 
 def identity(case: Case, video: np.ndarray) -> dict[str, float]:
     """Colour, shape and motion of every object, known by its colour, read from the frames made alone."""
-    seen = {r.label.colour: r.label for r in shapes.score(video[case.made_T], case.time_T[case.made_T])}
+    seen = {r.label.colour: r.label for r in score(video[case.made_T], case.time_T[case.made_T])}
     objects = case.scene.objects
     same = lambda part: all(o.colour in seen and getattr(seen[o.colour], part) == getattr(o, part) for o in objects)
     colour = set(seen) == {o.colour for o in objects}
@@ -193,7 +194,7 @@ def background(case: Case, video: np.ndarray) -> dict[str, float]:
 
 def centres_read(case: Case, video: np.ndarray) -> np.ndarray:
     """centre_TxKx2 of the scene's objects, known by their colours, as the scorer sees them; nan: not seen."""
-    seen = {r.label.colour: r.centre_Tx2 for r in shapes.score(video, case.time_T)}
+    seen = {r.label.colour: r.centre_Tx2 for r in score(video, case.time_T)}
     nowhere_Tx2 = np.full((len(video), 2), np.nan)
     return np.stack([seen.get(o.colour, nowhere_Tx2) for o in case.scene.objects], 1)
 

@@ -16,6 +16,8 @@ import jax
 import numpy as np
 
 from dit_video.data import shapes
+from dit_video.evaluation.following import followed
+from dit_video.evaluation.scorer import score
 from dit_video.tasks import Request
 from experiments.tasks import figures
 from experiments.tasks.figures import FRAMES
@@ -150,8 +152,7 @@ def ask(prompts: Sequence[shapes.Prompt], make) -> tuple[list[dict], list[tuple]
     """What of the prompts their videos show, and what `rows_of` wants to be told."""
     videos = make([Request(p.caption, p.width, p.height, p.frames, p.fps, seed=i) for i, p in enumerate(prompts)])
     read = [
-        dataclasses.asdict(shapes.followed(shapes.score(v, np.arange(len(v)) / p.fps), p.caption))
-        for p, v in zip(prompts, videos)
+        dataclasses.asdict(followed(score(v, np.arange(len(v)) / p.fps), p.caption)) for p, v in zip(prompts, videos)
     ]
     return read, [(len(shapes.parse_caption(p.caption)), p.fps) for p in prompts]
 
@@ -203,7 +204,7 @@ def measure_rollout(causal: bool, count: int, make) -> list[dict]:
     read = []
     for p, video in zip(prompts, videos):
         windows = video.reshape(TIMES, FRAMES, *video.shape[1:])
-        right = [shapes.followed(shapes.score(w, time_T), p.caption).all for w in windows]
+        right = [followed(score(w, time_T), p.caption).all for w in windows]
         quarter = TIMES // 4
         read.append(
             {"first quarter": float(np.mean(right[:quarter])), "last quarter": float(np.mean(right[-quarter:]))}
