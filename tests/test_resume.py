@@ -28,14 +28,18 @@ RUN = {
     "eval_every": 8,
 }
 TIMINGS = {"tokens_per_second", "model_flops_per_second", "share_of_matmul_peak", "compilations"}
+# With these glibc gives back what is freed at once: resident is what the run holds, and not what the arenas of its
+# threads keep, which may be tens of MB more or less from one checkpoint to the next.
+EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-def start(workdir, devices=1, **overrides):
+def start(workdir, devices=1, environment=None, **overrides):
     """The train command on so many devices of the host; what it prints goes to WORKDIR.log."""
     flags = [f"--config.{key}={value}" for key, value in (TINY | RUN | overrides).items()]
     command = [sys.executable, "-m", "dit_video.train", "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
     with open(f"{workdir}.log", "a") as log:
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "PYTHONUNBUFFERED": "1"}
+        env |= environment or {}
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
 
 
@@ -188,7 +192,7 @@ def test_finished_runs_and_changed_configs(tmp_path, unbroken):
 def resources(workdir, steps):
     """What a run of so many steps holds after a fifth of them, and near the end: the least seen within a tenth."""
     part = steps // 20
-    process = start(workdir, steps=steps, log_every=part, checkpoint_every=part, eval_every=2 * part)
+    process = start(workdir, 1, EXACT, steps=steps, log_every=part, checkpoint_every=part, eval_every=2 * part)
     seen = {}
     while process.poll() is None:
         lines = (workdir / "metrics.jsonl").read_text().count('"loss"') if (workdir / "metrics.jsonl").exists() else 0
