@@ -46,8 +46,10 @@ HEAD = """# What is lost when something breaks?
 
     {command}
 
-{where}. The run is tiny: 32 steps, a checkpoint every third, validation every eighth, a line of metrics every fourth.
-"The same" means: every logged loss, parameters, averages, optimizer, the loader's state, the pictures and the file of
+{where}.
+
+The run is tiny: 32 steps, a checkpoint every third, validation every eighth, a line of metrics every fourth. "The same"
+means: every logged loss, parameters, averages, optimizer, the loader's state, the pictures and the file of
 weights, bit for bit those of a run that nothing happened to.
 
 | fault | how often | outcome | minutes |
