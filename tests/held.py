@@ -32,8 +32,8 @@ def held():
     mallinfo2.restype = Heap
     heap, status = mallinfo2(), pathlib.Path("/proc/self/status").read_text()
     return {
-        "MB in use": (heap.uordblks + heap.hblkhd) / 1e6,
-        "MB resident": int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1e3,
+        "MB in use": round((heap.uordblks + heap.hblkhd) / 1e6, 1),
+        "MB resident": round(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1e3, 1),
         "files": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
     }
