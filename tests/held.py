@@ -41,8 +41,8 @@ def held():
 
 def main():
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
-    from dit_video.train import run
     from dit_video.metrics import MetricsWriter
+    from dit_video.train import run
 
     out, write = sys.argv.pop(1), MetricsWriter.write
 

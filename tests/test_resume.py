@@ -188,7 +188,10 @@ def test_finished_runs_and_changed_configs(tmp_path, unbroken):
 
 
 def resources(workdir, steps):
-    """What a run of so many steps holds after a fifth of them, and near the end: the least of four looks (a checkpoint may be under way)."""
+    """What a run of so many steps holds after a fifth of them, and near the end.
+
+    The least of four looks each: a checkpoint may be under way.
+    """
     part, out = steps // 20, pathlib.Path(f"{workdir}.held.jsonl")
     every = {"log_every": part, "checkpoint_every": part, "eval_every": part}
     process = start(workdir, 1, (ROOT / "tests" / "held.py", out), held.ENVIRONMENT, steps=steps, **every)
