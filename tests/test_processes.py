@@ -74,16 +74,22 @@ def unbroken(tmp_path_factory):
     return left_by(workdir)
 
 
-def test_one_of_two_is_stopped_or_dies(tmp_path, unbroken):
-    """SIGTERM to one: both save the same step and end with 75. SIGKILL of one: the other ends too. Nothing is lost."""
-    workdir = tmp_path / "run"
+def preempt(workdir, role):
+    """SIGTERM to one of two processes; the step that both have saved."""
     both = start(workdir)
     when(both, lambda: complete(workdir) >= 3)
-    both[1].send_signal(signal.SIGTERM)
-    assert ended(both) == [75, 75], printed(workdir, 1)
+    both[role].send_signal(signal.SIGTERM)
+    assert ended(both) == [75, 75], printed(workdir, role)
     stopped = complete(workdir)
     assert 3 < stopped < 32 and not writing(workdir)
     assert all(f"saved at step {stopped}" in printed(workdir, i) for i in (0, 1))
+    return stopped
+
+
+def test_one_of_two_is_stopped_or_dies(tmp_path, unbroken):
+    """SIGTERM to one: both save the same step and end with 75. SIGKILL of one: the other ends too. Nothing is lost."""
+    workdir = tmp_path / "run"
+    stopped = preempt(workdir, 1)
     both = start(workdir)
     when(both, lambda: complete(workdir) > stopped)
     both[1].kill()
@@ -158,17 +164,26 @@ def test_a_run_goes_on_on_other_devices(tmp_path):
     assert on_other_devices(tmp_path) < 1e-3
 
 
-@pytest.mark.slow
-def test_a_stalled_process_ends_the_run(tmp_path):
-    """A process that no longer runs, but is not dead, is missed by its heartbeat; the others name it."""
-    workdir = tmp_path / "run"
+def stall(workdir):
+    """Stops one of two processes without killing it; how many seconds later the other had ended."""
     both = start(workdir)
     when(both, lambda: complete(workdir) >= 3)
     both[1].send_signal(signal.SIGSTOP)
-    assert ended(both[:1], ENDS)[0] != 0
-    both[1].kill()
-    both[1].wait()
+    began = time.monotonic()
+    try:
+        assert ended(both[:1], ENDS)[0] != 0
+        seconds = time.monotonic() - began
+    finally:
+        both[1].kill()
+        both[1].wait()
     assert "stopped sending heartbeats):\n1\n" in printed(workdir, 0)
+    return seconds
+
+
+@pytest.mark.slow
+def test_a_stalled_process_ends_the_run(tmp_path):
+    """A process that no longer runs, but is not dead, is missed by its heartbeat; the others name it."""
+    stall(tmp_path / "run")
 
 
 def children(process):

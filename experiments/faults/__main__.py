@@ -1,12 +1,15 @@
-"""python -m experiments.faults --kills=200 --flips=300 --steps=10000 [--only=kills,flips]
+"""python -m experiments.faults --kills=200 --flips=300 --steps=10000 [--only=kills,flips] [--workdir=runs/faults]
 
-Puts a tiny run through every fault of training, checkpoints and processes that it can make itself, and writes the table
-of README.md. Exits with 1 where something was lost. The full count takes hours of one core; --kills=10 --flips=300
---steps=1000 --peers=1 a quarter of one. What counts as "nothing lost" is what the tests hold a run to: their functions
-do it here, more often.
+Puts a tiny run through every fault of training, checkpoints and processes that it can make itself. What counts as
+"nothing lost" is what the tests hold a run to: their functions do it here, more often. The full count takes hours of
+one core; --kills=10 --flips=300 --steps=1000 --peers=1 a quarter of one.
+
+Each round is kept in WORKDIR/rounds.jsonl once it is done: the same command, however it ended, goes on from there, and
+WORKDIR/README.md, the table of this folder's README.md, tells what all rounds so far gave. After a change to the code
+take another WORKDIR. Exits with 1 where something was lost.
 """
 
-import collections
+import json
 import os
 import pathlib
 import platform
@@ -16,14 +19,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import jax
 from absl import app, flags, logging
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the quick forms of the same faults
 
 import conftest  # noqa: E402, F401  eight devices of the host, for what the tests' modules make of them
@@ -37,161 +38,245 @@ KILLS = flags.DEFINE_integer("kills", 200, "kill -9 of one process.")
 FLIPS = flags.DEFINE_integer("flips", 300, "Single bits of a checkpoint.")
 PEERS = flags.DEFINE_integer("peers", 5, "Deaths of one of two processes, for each role and moment.")
 STEPS = flags.DEFINE_integer("steps", 10_000, "Steps of the long run.")
-ONLY = flags.DEFINE_list("only", [], "Some of the faults, by their names in FAULTS; README.md is then left as it is.")
+ONLY = flags.DEFINE_list("only", [], "Some of the faults, by their names in FAULTS; of the others what is known.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Where the rounds are kept.")
 
+KILLS_A_RUN = 10
 HEAD = """# What is lost when something breaks?
 
     {command}
 
-{where}, {seconds:.0f} s. The run is tiny: 32 steps, a checkpoint every third, validation every eighth, a line of
-metrics every fourth. "The same" means: every logged loss, parameters, averages, optimizer, the loader's state, the
-pictures and the file of weights, bit for bit those of a run that nothing happened to.
+{where}.
 
-| fault | how often | outcome |
-|---|---|---|
+The run is tiny: 32 steps, a checkpoint every third, validation every eighth, a line of metrics every fourth. "The same"
+means: every logged loss, parameters, averages, optimizer, the loader's state, the pictures and the file of
+weights, bit for bit those of a run that nothing happened to.
+
+| fault | how often | outcome | minutes |
+|---|---|---|---|
 """
 
 
-def kills(unbroken, folder):
+class NotDone(Exception):
+    """A round that has not been played, of a fault that was not asked for."""
+
+
+# The faults. Each plays its rounds by `once(name, what to do in a new folder)`; after each it tells what it has so far.
+
+
+def kills(unbroken, once):
     """kill -9 at any moment, every other one while a checkpoint is being written."""
-    torn, rounds = 0, [min(20, KILLS.value - done) for done in range(0, KILLS.value, 20)]
-    for seed, count in enumerate(rounds):
-        torn += resume.kill_and_resume(folder / f"run{seed}", count, seed)
-        resume.assert_same(folder / f"run{seed}", unbroken[1])
-        shutil.rmtree(folder / f"run{seed}")
-    return KILLS.value, f"{KILLS.value} resumed, the same; {torn} of them had hit a half-written checkpoint"
+
+    def kill(folder, count, seed):
+        torn = resume.kill_and_resume(folder / "run", count, seed)
+        resume.assert_same(folder / "run", unbroken[1])
+        return torn
+
+    done = torn = 0
+    while done < KILLS.value:
+        count, seed = min(KILLS_A_RUN, KILLS.value - done), done // KILLS_A_RUN
+        torn += once(f"{count} of seed {seed}", lambda folder, count=count, seed=seed: kill(folder, count, seed))
+        done += count
+        yield done, f"{done} resumed, the same; {torn} of them had hit a half-written checkpoint"
 
 
-def signals(unbroken, folder):
+def signals(unbroken, once):
     """SIGTERM and SIGINT in compilation, step, save and evaluation."""
     moments = {
-        "compilation": lambda run: "from step" in log_of(run),
+        "compilation": lambda run: "from step" in text_of(log_of(run)),
         "step": lambda run: resume.complete(run) >= 6,
         "save": lambda run: resume.complete(run) >= 6 and resume.writing(run),
         "evaluation": lambda run: resume.complete(run) >= 6,
     }
-    for asked in (signal.SIGTERM, signal.SIGINT):
-        for moment, condition in moments.items():
-            run, evaluating = folder / f"{asked.name}-{moment}", moment == "evaluation"
-            more = {"eval_every": 1, "eval_batches": 10} if evaluating else {}  # nearly all of the time, then
-            process = resume.start(run, **more)
-            processes.when([process], lambda run=run, condition=condition: condition(run))
-            process.send_signal(asked)
-            code = process.wait(120)
-            assert code == 75, f"{asked.name} in {moment}: exit code {code}"
-            assert resume.complete(run) > 0 and not resume.writing(run), f"{asked.name} in {moment}: not saved"
-            assert resume.finish(run)[0] == 0
-            if evaluating:  # more lines than the unbroken run's
-                assert resume.left_by(run)["state"] == unbroken[1]["state"]
-            else:
-                resume.assert_same(run, unbroken[1])
-    return 2 * len(moments), "all saved the step they were in and ended with 75; resumed, the same"
+
+    def stop(folder, asked, moment):
+        run, evaluating = folder / "run", moment == "evaluation"
+        more = {"eval_every": 1, "eval_batches": 10} if evaluating else {}  # nearly all of the time, then
+        process = resume.start(run, **more)
+        processes.when([process], lambda: moments[moment](run))
+        process.send_signal(asked)
+        code = processes.ended([process])[0]
+        assert code == 75, f"{asked.name} in {moment}: exit code {code}"
+        assert resume.complete(run) > 0 and not resume.writing(run), f"{asked.name} in {moment}: not saved"
+        assert resume.finish(run)[0] == 0
+        if evaluating:  # more lines than the unbroken run's
+            assert resume.left_by(run)["state"] == unbroken[1]["state"]
+        else:
+            resume.assert_same(run, unbroken[1])
+
+    asked_in = [(asked, moment) for asked in (signal.SIGTERM, signal.SIGINT) for moment in moments]
+    for done, (asked, moment) in enumerate(asked_in, start=1):
+        once(f"{asked.name} in {moment}", lambda folder, asked=asked, moment=moment: stop(folder, asked, moment))
+        yield done, "all saved the step they were in and ended with 75; resumed, the same"
 
 
-def flips(unbroken, folder):
+def flips(unbroken, once):
     """Single bits flipped, over all files of a checkpoint."""
-    checkpoint = copy_of(unbroken, folder) / "checkpoints" / f"{32:08d}"
-    files, rng = files_of(checkpoint), random.Random(0)
-    places = [*files, *rng.choices(files, k=max(FLIPS.value - len(files), 0))][: FLIPS.value]
-    for path in places:
-        bit = rng.randrange(8 * path.stat().st_size)
-        flip(path, bit)
-        damage = find_damage(checkpoint)
-        assert len(damage) == 1 and damage[0].startswith(f"{path} "), f"bit {bit} of {path}: {damage}"
-        flip(path, bit)
-    return len(places), f"{len(places)} found, each file named"
 
-
-def missing(unbroken, folder):
-    """Each file deleted, emptied, cut by a byte, lengthened by one."""
-    checkpoint = copy_of(unbroken, folder) / "checkpoints" / f"{32:08d}"
-    count = 0
-    for path in files_of(checkpoint):
-        content = path.read_bytes()
-        for bad in (None, b"", content[:-1], content + b"\0"):
-            path.unlink() if bad is None else path.write_bytes(bad)
+    def flip_all(folder):
+        checkpoint = copy_of(unbroken, folder) / "checkpoints" / f"{32:08d}"
+        files, rng = files_of(checkpoint), random.Random(0)
+        places = [*files, *rng.choices(files, k=max(FLIPS.value - len(files), 0))][: FLIPS.value]
+        for path in places:
+            bit = rng.randrange(8 * path.stat().st_size)
+            flip(path, bit)
             damage = find_damage(checkpoint)
-            assert len(damage) == 1 and damage[0].startswith(f"{path} "), f"{path}: {damage}"
-            path.write_bytes(content)
-            count += 1
-    return count, f"{count} found, each file named"
+            assert len(damage) == 1 and damage[0].startswith(f"{path} "), f"bit {bit} of {path}: {damage}"
+            flip(path, bit)
+        return len(places)
+
+    count = once(f"{FLIPS.value}", flip_all)
+    yield count, f"{count} found, each file named"
 
 
-def fallback(unbroken, folder):
+def missing(unbroken, once):
+    """Each file deleted, emptied, cut by a byte, lengthened by one."""
+
+    def spoil_each(folder):
+        checkpoint, count = copy_of(unbroken, folder) / "checkpoints" / f"{32:08d}", 0
+        for path in files_of(checkpoint):
+            content = path.read_bytes()
+            for bad in (None, b"", content[:-1], content + b"\0"):
+                path.unlink() if bad is None else path.write_bytes(bad)
+                damage = find_damage(checkpoint)
+                assert len(damage) == 1 and damage[0].startswith(f"{path} "), f"{path}: {damage}"
+                path.write_bytes(content)
+                count += 1
+        return count
+
+    count = once("each", spoil_each)
+    yield count, f"{count} found, each file named"
+
+
+def fallback(unbroken, once):
     """The newest checkpoint bad, the newest two, all of them; then the same command."""
-    for bad in (1, 2):
-        run = copy_of(unbroken, folder / str(bad))
+
+    def fall_back(folder, bad):
+        run = copy_of(unbroken, folder)
         steps = sorted(run.glob("checkpoints/*"), reverse=True)
         spoilt = [spoil(path) for path in steps[:bad]]
         code, printed = resume.finish(run)
         assert code == 0 and all(str(path) in printed for path in spoilt), printed
         assert f"from step {int(steps[bad].name)} " in printed, printed
         resume.assert_same(run, unbroken[1])
-    run = copy_of(unbroken, folder / "all")
-    for path in run.glob("checkpoints/*"):
-        spoil(path)
-    code, printed = resume.finish(run)
-    assert code == 1 and "are all damaged" in printed and "Traceback" not in printed, printed
-    return 3, "the next older one, the bad files named, the same at the end; all bad: exit code 1, nothing begun"
+
+    def refuse(folder):
+        run = copy_of(unbroken, folder)
+        for path in run.glob("checkpoints/*"):
+            spoil(path)
+        code, printed = resume.finish(run)
+        assert code == 1 and "are all damaged" in printed and "Traceback" not in printed, printed
+
+    for bad in (1, 2):
+        once(f"{bad} bad", lambda folder, bad=bad: fall_back(folder, bad))
+        yield bad, "the next older one, the bad files named, the same at the end"
+    once("all bad", refuse)
+    yield 3, "the next older one, the bad files named, the same at the end; all bad: exit code 1, nothing begun"
 
 
-def disk(unbroken, folder):
+def disk(unbroken, once):
     """A file system that fills up while the run goes on, and is freed; the same command."""
-    small = folder / "disk"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", small], capture_output=True, text=True)
-    if mounted.returncode:
-        return 0, f"not tried: {mounted.stderr.strip()}"
-    try:
-        run, ballast = small / "run", small / "ballast"
-        process = resume.start(run)
-        processes.when([process], lambda: resume.complete(run) >= 6)
-        ballast.write_bytes(b"x" * max(os.statvfs(small).f_bavail * 4096 - 50_000, 0))
-        assert process.wait(120) == 1, "the run went on over a full disk"
-        printed = log_of(run)
-        assert re.search("could not be (written|begun)|No space left", printed), printed[-2000:]
-        assert resume.complete(run) >= 6
-        ballast.unlink()
-        assert resume.finish(run)[0] == 0
-        resume.assert_same(run, unbroken[1])
-    finally:
-        subprocess.run(["umount", small], check=True)
-    return 1, "exit code 1 and the reason; the checkpoints before it sound; resumed once there was space, the same"
+
+    def fill_up(folder):
+        run, ballast = folder / "run", folder / "run" / "ballast"
+        run.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", run]
+        mounted = subprocess.run(mount, capture_output=True, text=True)
+        if mounted.returncode:
+            return f"not tried: {mounted.stderr.strip()}"
+        try:
+            process = resume.start(run)
+            processes.when([process], lambda: resume.complete(run) >= 6)
+            ballast.write_bytes(bytes(max(free_bytes(run) - 50_000, 0)))
+            assert processes.ended([process]) == [1], "the run went on over a full disk"
+            printed, sound = text_of(log_of(run)), resume.complete(run)
+            named = re.search(r"checkpoint \S+/0*(\d+) could not be (written|begun)|No space left", printed)
+            assert named, printed[-2000:]
+            assert named[1] is None or int(named[1]) <= sound + 3, f"seen at {named[1]}, and {sound} was the last sound"
+            assert sound >= 6 and not find_damage(run / "checkpoints" / f"{sound:08d}")
+            ballast.unlink()
+            code, printed = resume.finish(run)
+            assert code == 0 and f"from step {sound} " in printed, printed[-2000:]
+            resume.assert_same(run, unbroken[1])
+        finally:
+            subprocess.run(["umount", "--lazy", run], check=True)
+
+    refused = once("one", fill_up)
+    done = "exit code 1 and the reason; the checkpoints before it sound; resumed once there was space, the same"
+    yield (0, refused) if refused else (1, done)
 
 
-def peers(unbroken, folder):
+def peers(unbroken, once):
     """SIGKILL of one of two processes, each role, in step, save and restore."""
-    whole = folder / "whole" / "run"
-    whole.parent.mkdir()
-    processes.finish(whole)
-    wanted, slowest = resume.left_by(whole), 0.0
-    for i in range(PEERS.value):
-        for role in (0, 1):
-            for moment in processes.MOMENTS:
-                run = folder / f"run{i}{role}{moment}"
-                slowest = max(slowest, processes.die(run, role, moment))
-                processes.finish(run)
-                assert resume.left_by(run) == wanted, f"role {role}, {moment}: another outcome"
-                shutil.rmtree(run)
-    count = PEERS.value * 2 * len(processes.MOMENTS)
-    return count, f"the other had ended after {slowest:.1f} s at most; both resumed, the same as an unbroken run of two"
+
+    def die(folder, role, moment):
+        seconds = processes.die(folder / "run", role, moment)
+        finish_both(folder / "run", unbroken)
+        return seconds
+
+    deaths = [(i, role, moment) for i in range(PEERS.value) for role in (0, 1) for moment in processes.MOMENTS]
+    slowest = 0.0
+    for done, (i, role, moment) in enumerate(deaths, start=1):
+        do = lambda folder, role=role, moment=moment: die(folder, role, moment)
+        slowest = max(slowest, once(f"process {role}, {moment}, {i}", do))
+        yield done, f"the other had ended after {slowest:.1f} s at most; both resumed, the same"
 
 
-def devices(unbroken, folder):
+def preempted(unbroken, once):
+    """SIGTERM to one of two processes, each role."""
+
+    def preempt(folder, role):
+        processes.preempt(folder / "run", role)
+        finish_both(folder / "run", unbroken)
+
+    for role in (0, 1):
+        once(f"process {role}", lambda folder, role=role: preempt(folder, role))
+        yield role + 1, "both saved the same step and ended with 75; resumed, the same"
+
+
+def stalled(unbroken, once):
+    """SIGSTOP of one of two processes."""
+
+    def stall(folder):
+        seconds = processes.stall(folder / "run")
+        finish_both(folder / "run", unbroken)
+        return seconds
+
+    seconds = once("one", stall)
+    yield 1, f"the other had ended after {seconds:.1f} s and named the one that sent no heartbeat; resumed, the same"
+
+
+def devices(unbroken, once):
     """A run on 8, then 4, 1, 8 devices, and one in two processes that goes on in one."""
-    largest = processes.on_other_devices(folder)
-    return 2, f"resumed each time; losses at most {largest:.1e} (relative) from those of an unbroken run"
+    largest = once("both", processes.on_other_devices)
+    yield 2, f"resumed each time; losses at most {largest:.1e} (relative) from those of an unbroken run"
 
 
-def long(unbroken, folder):
-    """A run of many steps: resident memory, open files and threads early and late."""
-    early, late = resume.resources(folder / "run", STEPS.value)
-    words = ", ".join(f"{name} {early[name]} -> {late[name]}" for name in early)
-    assert resume.flat(early, late), words
-    return 1, f"{STEPS.value} steps: {words}"
+def long(unbroken, once):
+    """A run of many steps: memory, open files and threads early and late."""
+
+    def run_long(folder):
+        early, late = resume.resources(folder / "run", STEPS.value)
+        words = ", ".join(f"{name} {early[name]} -> {late[name]}" for name in early)
+        assert resume.flat(early, late), words
+        return words
+
+    words = once(f"{STEPS.value} steps", run_long)
+    yield 1, f"{STEPS.value} steps: {words}"
 
 
-FAULTS = {f.__name__: f for f in (kills, signals, flips, missing, fallback, disk, peers, devices, long)}
+FAULTS = {
+    f.__name__: f for f in (kills, signals, flips, missing, fallback, disk, peers, preempted, stalled, devices, long)
+}
+
+
+def finish_both(run, unbroken):
+    """Starts a run's two processes again; AssertionError unless they leave what an unbroken run of two leaves."""
+    whole = unbroken[0].with_name("run_of_two")
+    if resume.complete(whole) < resume.RUN["steps"]:
+        processes.finish(whole)
+    processes.finish(run)
+    assert resume.left_by(run) == resume.left_by(whole), "another outcome than an unbroken run's"
 
 
 def copy_of(unbroken, folder):
@@ -201,38 +286,96 @@ def copy_of(unbroken, folder):
 
 
 def log_of(run):
-    return text_of(pathlib.Path(f"{run}.log"))
+    return pathlib.Path(f"{run}.log")
 
 
 def text_of(path):
     return path.read_text() if path.exists() else ""
 
 
+def free_bytes(path):
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
+
+
+# The rounds.
+
+
+def read_rounds(path):
+    """{(fault, round): what it gave}."""
+    lines = [json.loads(line) for line in text_of(path).splitlines()]
+    return {(line["fault"], line["round"]): line for line in lines}
+
+
+def keep_rounds(workdir, fault):
+    """`once` of a fault: a round's figure, from the file of rounds or, where it was asked for, by playing it now."""
+    path = workdir / "rounds.jsonl"
+    known = read_rounds(path)
+
+    def once(name, do):
+        if (fault, name) not in known:
+            if fault not in (ONLY.value or FAULTS):
+                raise NotDone
+            folder, began = workdir / fault, time.monotonic()
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            found = {"fault": fault, "round": name, "where": where()}
+            try:
+                found |= {"figure": do(folder), "lost": None}
+                shutil.rmtree(folder)
+            except AssertionError as error:  # its folder stays, to look at
+                found |= {"figure": None, "lost": f"{name}: {' '.join(str(error).split())[:500]}"}
+            known[fault, name] = found | {"seconds": round(time.monotonic() - began)}
+            with path.open("a") as file:
+                file.write(json.dumps(known[fault, name]) + "\n")
+        assert not known[fault, name]["lost"], known[fault, name]["lost"]
+        return known[fault, name]["figure"]
+
+    return once
+
+
+def where():
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}"
+
+
+def write_table(workdir, outcomes):
+    """WORKDIR/README.md from {fault: (count, outcome)}."""
+    rounds = read_rounds(workdir / "rounds.jsonl").values()
+    rows = []
+    for name, (count, outcome) in outcomes.items():
+        minutes = sum(found["seconds"] for found in rounds if found["fault"] == name) / 60
+        rows.append(f"| {' '.join(FAULTS[name].__doc__.split())} | {count} | {outcome} | {minutes:.1f} |\n")
+    asked = [f"--{flag.name}={flag.value}" for flag in (KILLS, FLIPS, PEERS, STEPS)]
+    head = HEAD.format(
+        command=" ".join(["python -m experiments.faults", *asked]),
+        where="; ".join(sorted({found["where"] for found in rounds} or {where()})),
+    )
+    (workdir / "README.md").write_text(head + "".join(rows))
+
+
 def main(_):
     logging.set_verbosity(logging.WARNING)
-    began, rows, lost = time.monotonic(), [], collections.Counter()
-    with tempfile.TemporaryDirectory() as top:
-        workdir = pathlib.Path(top) / "unbroken" / "run"
-        workdir.parent.mkdir()
-        code, printed = resume.finish(workdir)
+    if unknown := set(ONLY.value) - set(FAULTS):
+        sys.exit(f"--only={','.join(sorted(unknown))} is not known. Allowed: {', '.join(FAULTS)}.")
+    workdir = pathlib.Path(WORKDIR.value).resolve()
+    run = workdir / "unbroken" / "run"
+    run.parent.mkdir(parents=True, exist_ok=True)
+    if resume.complete(run) < resume.RUN["steps"]:
+        code, printed = resume.finish(run)
         assert code == 0, printed
-        unbroken = workdir, resume.left_by(workdir)
-        for name in ONLY.value or FAULTS:
-            folder, fault = pathlib.Path(top) / name, FAULTS[name]
-            folder.mkdir()
-            try:
-                count, outcome = fault(unbroken, folder)
-            except AssertionError as error:
-                count, outcome = "-", f"LOST: {' '.join(str(error).split())[:500]}"
-                lost[name] += 1
-            rows.append(f"| {' '.join(fault.__doc__.split())} | {count} | {outcome} |")
-            print(rows[-1], flush=True)
-    where = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, jax {jax.__version__}"
-    head = HEAD.format(
-        command=" ".join(["python -m experiments.faults", *sys.argv[1:]]), where=where, seconds=time.monotonic() - began
-    )
-    if not ONLY.value:
-        (HERE / "README.md").write_text(head + "\n".join(rows) + "\n")
+    unbroken, lost = (run, resume.left_by(run)), False
+    outcomes = dict.fromkeys(FAULTS, (0, "not tried yet"))
+    for name, fault in FAULTS.items():
+        try:
+            for row in fault(unbroken, keep_rounds(workdir, name)):
+                outcomes[name] = row
+                write_table(workdir, outcomes)
+        except NotDone:
+            pass
+        except AssertionError as error:
+            outcomes[name], lost = ("-", f"LOST: {error}"), True
+        write_table(workdir, outcomes)
+        print(name, *outcomes[name], flush=True)
     sys.exit(1 if lost else 0)
 
 
