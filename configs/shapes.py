@@ -9,6 +9,7 @@ from configs import base
 
 
 def get_config(form="long"):
+    base.check_form(form, ("long", "quick", "tasks"))
     config = base.get_config()
     config.name = f"shapes-{form}"
     config.data.rows, config.data.shards = 9, 3

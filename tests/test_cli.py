@@ -54,6 +54,7 @@ def run(module, *given):
         (["config.steps=3"], ["'config.steps=3' is no flag", "--config.steps=100"]),
         (["--config=configs/shape.py"], ["configs/shape.py", "No such file or directory"]),
         (["--config=configs/dit.py:M/2"], ["form 'M/2' is not known", "S/2, S/4, S/8, B/2"]),
+        (["--config=configs/shapes.py:qick"], ["form 'qick' is not known", "long, quick, tasks"]),
     ],
 )
 def test_wrong_training_flags(tmp_path, given, words):
