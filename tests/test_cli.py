@@ -7,7 +7,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -59,10 +58,8 @@ def run(module, *given):
 )
 def test_wrong_training_flags(tmp_path, given, words):
     """One clear line, before jax is loaded, and nothing is begun."""
-    began = time.monotonic()
     workdir = f"--workdir={tmp_path / 'run'}"
     code, said, loaded_jax = run("train", "--config=configs/shapes.py", workdir, *given)
-    assert time.monotonic() - began < 10
     assert code in (1, 2) and not loaded_jax and "Traceback" not in said
     assert not [word for word in words if word not in said], said
     assert len(said.splitlines()) <= 3
