@@ -3,6 +3,9 @@
 python -m dit_video.train --config=configs/shapes.py --workdir=runs/shapes
 python -m dit_video.train --config=configs/shapes.py:quick --workdir=runs/quick
 python -m dit_video.train --config=configs/shapes.py:tasks --workdir=runs/tasks
+
+On 2 CPU cores the first takes under two hours, and its model follows 99% of prompts with one object, 95% with two
+(experiments/shapes/README.md); the second takes 9 minutes; the third trains as long, for every task.
 """
 
 from configs import base
