@@ -169,8 +169,13 @@ def _compile(traced, platform: str, quick: bool, slice_of):
     except jax.errors.JaxRuntimeError as error:
         return None, "\n".join(str(error).strip().splitlines()[:4]), {}
     m = compiled.memory_analysis()
-    parts = {"arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes}
-    parts["results"] = m.output_size_in_bytes - m.alias_size_in_bytes
+    given, left = m.argument_size_in_bytes, m.output_size_in_bytes - m.alias_size_in_bytes
+    held = m.temp_size_in_bytes
+    if platform == "tpu":
+        # libtpu holds the peak against a chip's memory. Its temp_size_in_bytes says more where loops lie within loops:
+        # a program of which it says 132 GiB, with a peak of 94.6, compiles for a chip of 95.7.
+        held = m.peak_memory_in_bytes - given - left
+    parts = {"arguments": given, "temporaries": held, "results": left}
     return parts | {"total": sum(parts.values())}, "", collectives(compiled.as_text(), slice_of)
 
 
