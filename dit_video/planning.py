@@ -330,7 +330,7 @@ STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem a
 table{border-collapse:collapse}td{padding:.15rem 1.2rem .15rem 0;border-bottom:1px solid #ddd}
 .bar{display:flex;height:1.5rem;background:#eee;margin:.6rem 0}.bar i{display:block}
 @media(prefers-color-scheme:dark){body{background:#161616;color:#ddd}td{border-color:#333}.bar{background:#333}}"""
-COLOURS = ("#4878cf", "#6acc65", "#d65f5f", "#b47cc7", "#c4ad66", "#77bedb", "#888888")
+COLOURS = ("#4878cf", "#6acc65", "#d65f5f", "#b47cc7", "#c4ad66", "#77bedb", "#e59445", "#888888")
 
 
 def page(p: Plan, tokens: float) -> str:
