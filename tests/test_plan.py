@@ -157,6 +157,8 @@ NOT_FITTED = {"model.width": 2048, "model.mlp_width": 8192, "model.depth": 16, "
 NOT_FITTED |= {"data.max_tokens": 8192, "mesh.fsdp": 2, "mesh.sequence": 2}
 LONGER = {"model.width": 4096, "model.heads": 32, "model.mlp_width": 11008, "model.depth": 20, "data.groups": 48}
 LONGER |= {"data.rows": 4, "data.length": 24576, "data.max_tokens": 24576, "mesh.fsdp": 2, "mesh.sequence": 8}
+DEEPER = {"model.width": 1536, "model.heads": 12, "model.mlp_width": 6144, "model.depth": 30}
+DEEPER |= {"data.length": 6144, "data.max_tokens": 6144}
 SIZES = scale.SIZES["30B"]
 OF_30B = dict(zip("model.depth model.width model.heads model.mlp_width data.max_tokens data.length".split(), SIZES))
 OF_30B |= {"data.rows": 16, "mesh.fsdp": 16, "mesh.sequence": 64}
@@ -170,8 +172,9 @@ COMPILED = {  # changes of configs/scale.py, and the bytes of a chip that libtpu
     "products kept": (OF_FOUR | {"model.remat": "dots"}, 9_742_146_816),
     "products kept, wide": (OF_FOUR | WIDE | {"model.remat": "dots"}, 21_529_044_224),
     "all kept": (OF_FOUR | {"model.remat": "none", "data.rows": 4}, 19_053_961_472),
-    "all kept, wide": (OF_FOUR | WIDE | {"model.remat": "none", "data.rows": 4}, 40_313_407_616),
+    "all kept, wide": (OF_FOUR | WIDE | {"model.remat": "none", "data.rows": 4}, 37_262_520_576),
     "not fitted to": (OF_FOUR | NOT_FITTED, 9_486_965_504),
+    "deeper, not fitted to": (OF_FOUR | DEEPER, 9_285_804_800),
     "a longer ring, not fitted to": (OF_FOUR | LONGER, 9_981_085_952),
     "Wan-14B of 256": ({}, 10_587_691_776),
     "30B of 1,024": (OF_30B, 25_171_368_704),
