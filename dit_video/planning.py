@@ -138,11 +138,8 @@ def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
 def _devices(asked: Topology, notes: list[str]):
     """The topology's devices, or as many of the host's with a note of why; and what they are."""
     if asked.kind in TPUS and importlib.util.find_spec("libtpu"):
-        # No metadata server is there to be asked, and no device to be kept for one process. Any host and any type
-        # will do, where the machine has none: libtpu complains of their absence, and takes the slice from its name.
+        # No metadata server is there to be asked, and no device to be kept for one process.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
         more = {"num_slices": asked.slices} if asked.slices > 1 else {}
         try:
             found = topologies.get_topology_desc(f"{asked.kind}:{asked.shape}", "tpu", **more)
