@@ -18,10 +18,10 @@ from dit_video.sharding import batch_shardings, state_shardings
 from dit_video.step import Run, abstract_batch
 from dit_video.text.words import BYTES, WordEncoder
 
-# Arrays of [N, D] and of [N, F] in the model's dtype, of a block of attention's logits in float32, and of one layer's
-# weights, that a compiled step holds at once beside what its scan keeps. Fitted to seven programs for v5p, of 4 and of
-# 256 chips; those it gives to 7%, all that experiments/scale lists to 10%.
-WORKING = (19.0, 11.0, 2.5, 7.0)
+# What one layer's backward pass holds at once, counted among the live arrays of programs compiled for v5p: of [N, D] in
+# the model's dtype, whole and along tensor (with heads); of [N, F]; and of the ring, float32 counting twice: its sums
+# of dq, dk and dv, what dk and dv of one device's keys are added up in, and the keys and values that come.
+WHOLE, OF_HEADS, OF_MLP, OF_RING = 7, 12, 2, 12
 MUON_ITERATIONS = 5  # of Newton and Schulz, optax's default
 
 
@@ -178,8 +178,10 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     """Bytes per device, by kind, of a training step; mesh: any with axis sizes; state: the State's shapes.
 
     The state, the gradients and the batch are counted array by array. Activations are what the scan over layers keeps
-    for the backward pass (more than the products that a policy names, as programs have it); the working set is what
-    one layer's backward pass, or the attention in it, holds at once, counted in arrays (`WORKING`).
+    for the backward pass. Gathered weights are those outside the blocks, which a program gathers once, in float32, and
+    keeps; one layer's in the model's dtype; and all layers' q, k, v and o once more, cut, in the layout of the loop.
+    The working set is what one layer's backward pass holds, with attention's logits: those of a block of queries and,
+    in the model's dtype, their gradient; where all queries are taken at once, those of the forward pass too.
     """
     m, d, parts = run.model, run.config.data, run.config.optimizer.accumulate
     size = lambda name: mesh.shape.get(name, 1)
@@ -192,29 +194,37 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
         math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize
         for a, s in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     )
+    blocks = block_parameters(m).values()
+    layer = sum(math.prod(shape) for _, shape, _ in blocks) / m.depth
     cross = m.text == "cross"
     kept = {
         "full": N * D * width,
-        "dots": N * ((7 + cross) * D + ((4 + 2 * cross) * D + F) / T) * width
+        # What goes in, o and the last product; q, k, v and what is attended; the same of the text, and its k and v.
+        "dots": N * ((3 + cross) * D + ((4 + 2 * cross) * D + F) / T) * width
         + N * (1 + cross) * 4 * H
         + (S * 2 * D / T * width if cross else 0),
-        "none": N * (68 * D + 4 * F / T) * width,
+        # Thirty of the fifty as fifteen in float32; and each layer's weights as they were gathered.
+        "none": (N * (50 * D + 6 * F / T) + layer / T) * width,
     }[m.remat]
     gradients = held(state.params, shards.params)
     keys = keys_per_query(m, d.length, mesh)
     keys = min(keys, d.length // size("sequence")) if m.exchange == "ring" else keys
     here = d.length // size("sequence")
     block = query_block(here, max(int(rows), 1) * int(H) * keys) if keys == here else here
-    logits = max(rows, 1) * H * block * keys * 4
-    layer = sum(math.prod(shape) for _, shape, _ in block_parameters(m).values()) / m.depth * width / T
-    of_ND, of_NF, of_logits, of_layer = WORKING
-    working = (of_ND * N * D + of_NF * N * F / T) * width + of_logits * logits + of_layer * layer
+    logits = max(rows, 1) * H * block * keys * (4 + width + (4 if block == here else 0))
+    outside = sum(a.size for a in jax.tree.leaves(state.params)) - layer * m.depth
+    square = (4 + 2 * cross) * D * D * m.depth
+    cut = size("fsdp") * size("sequence")
+    gathered = (outside * 4 + layer * width / T + square * 4 / T / cut) * (cut > 1)
+    arrays = WHOLE + (OF_HEADS + OF_RING * (m.exchange == "ring" and size("sequence") > 1)) / T
+    working = (arrays * N * D + OF_MLP * N * F / T) * width + logits
     return {
         "parameters": held(state.params, shards.params),
         "average": held(state.ema, shards.ema),
         "optimizer": held(state.opt_state, shards.opt_state),
         "gradients": gradients * (2 if parts > 1 else 1),
         "activations": int(kept * m.depth),
+        "gathered weights": int(gathered),
         "working set": int(working),
         "batch": held(batch, batch_shardings(batch, mesh)),
     }
