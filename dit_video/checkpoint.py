@@ -61,7 +61,8 @@ class Checkpoints:
         check_place(directory)
         if keep < 1:
             raise ValueError(f"keep={keep} would delete the checkpoint just written. Use 1 or more, better 2.")
-        self.directory = epath.Path(directory)
+        directory = os.fspath(directory)
+        self.directory = epath.Path(directory if "://" in directory else os.path.abspath(directory))  # as orbax asks
         self._keep = keep
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
