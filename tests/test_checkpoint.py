@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pathlib
 import random
 import signal
 import socket
@@ -71,14 +72,16 @@ def files_of(checkpoint):
     return sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
-def test_round_trip_is_exact(tmp_path):
+def test_round_trip_is_exact(tmp_path, monkeypatch):
     """State (all dtypes, sharded or not), extra and config are what they were; the SHA-256s are sha256sum's."""
+    monkeypatch.chdir(tmp_path)
+    directory = pathlib.Path("runs/one")  # relative, as people type it
     state = make_state(3)
     extra = {"shards": {"0": [1, 2]}, "third": 1 / 3}
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(directory) as checkpoints:
         assert checkpoints.restore(abstract(state)) is None and checkpoints.latest() is None
         checkpoints.save(3, state, extra, CONFIG)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(directory) as checkpoints:
         assert checkpoints.config() == CONFIG
         restored = checkpoints.restore(abstract(state))
     assert (restored.step, restored.extra, restored.config) == (3, extra, CONFIG)
@@ -88,7 +91,7 @@ def test_round_trip_is_exact(tmp_path):
         assert np.asarray(old).tobytes() == np.asarray(new).tobytes()
         assert getattr(old, "sharding", None) == getattr(new, "sharding", None)
     assert digest(restored.state) == digest(state) != digest(make_state(4))
-    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=tmp_path / "00000003", check=True)
+    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=directory / "00000003", check=True)
 
 
 @pytest.mark.parametrize(
