@@ -5,7 +5,8 @@ python -m dit_video.train --config=configs/shapes.py:quick --workdir=runs/quick
 python -m dit_video.train --config=configs/shapes.py:tasks --workdir=runs/tasks
 
 On 2 CPU cores the first takes under two hours, and its model follows 99% of prompts with one object, 95% with two
-(experiments/shapes/README.md); the second takes 9 minutes; the third trains as long, for every task.
+(experiments/shapes/README.md); the second takes 10 minutes; the third, as many steps
+for every task, has not been run yet.
 """
 
 from configs import base
