@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.workers = 0  # decoding processes beside the training process; 0 = threads of it
     data.pair_share = 0.5  # shapes: clips with two objects
     data.still_share = 0.2  # shapes: clips of one frame
+    data.large = False  # shapes: an object alone is larger and moves less, which is easier
     # Shares, least and most, of a clip's patches that training leaves out before packing; each clip draws its own
     # between them. A row then holds more clips: raise data.text_length and data.groups with it.
     data.drop = (0.0, 0.0)

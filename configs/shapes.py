@@ -27,8 +27,9 @@ def get_config(form="long"):
     config.sample.shift = 3.0
     config.steps, config.eval_every, config.sample_every = 12_000, 1000, 4000
     if form == "quick":
-        config.steps, config.eval_every, config.sample_every = 1000, 0, 0
-        config.data.pair_share, config.data.still_share = 0.0, 0.05
+        config.steps, config.eval_every, config.sample_every = 1080, 0, 0
+        config.data.pair_share, config.data.still_share, config.data.large = 0.0, 0.05, True
+        config.flow.mixture.first = 0.0
         config.optimizer.warmup, config.optimizer.ema = 40, 0.99
     if form == "tasks":
         config.flow.mixture.update(base.EVERY_TASK)

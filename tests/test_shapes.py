@@ -14,7 +14,7 @@ from dit_video.evaluation.scorer import Reading, score
 
 LABELS = [Label(*x) for x in itertools.product(shapes.SHAPES, shapes.COLOURS, shapes.MOTIONS)]
 # Radius and amplitude by number of objects, in short sides: the rule that makes an orbit follow from its caption.
-RADIUS, AMPLITUDE = {1: 0.20, 2: 0.14}, {1: 0.26, 2: 0.17}
+RADIUS, AMPLITUDE = {1: 0.20, 2: 0.14, "large": 0.26}, {1: 0.26, 2: 0.17, "large": 0.20}
 BLACK = Background(0.0, (0.0, 0.0, 0.0), 0.0, 0.0, "waves", 0.0, 1.0, 0.0, (0.0, 0.0))
 
 
@@ -31,9 +31,9 @@ def offset(motion, angle):
     }[motion]
 
 
-def any_scene(seed, count=None, pool=LABELS):
-    rng = np.random.default_rng(seed)
-    return shapes.draw_scene(rng, shapes.draw_labels(rng, count or 1 + seed % 2, pool))
+def any_scene(seed, size=None, pool=LABELS):
+    rng, large = np.random.default_rng(seed), size == "large"
+    return shapes.draw_scene(rng, shapes.draw_labels(rng, 1 if large else size or 1 + seed % 2, pool), large)
 
 
 def blurred(video_TxYxXx3, sigma):
@@ -54,16 +54,16 @@ def to_pixels(video):
 # The world
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, "large"])
 @pytest.mark.parametrize("motion", shapes.MOTIONS)
-def test_orbits_are_what_the_caption_says(motion, count):
+def test_orbits_are_what_the_caption_says(motion, size):
     """Any path is its centre plus its motion of the stated amplitude and period 1.6 s, for all real times."""
-    scene = any_scene(5, count, [x for x in LABELS if x.motion == motion])
+    scene = any_scene(5, size, [x for x in LABELS if x.motion == motion])
     time_T = np.linspace(-7.0, 50.0, 400)
     path_TxKx2 = shapes.centres(scene, time_T, 40, 64)
     np.testing.assert_allclose(path_TxKx2, shapes.centres(scene, time_T + 1.6, 40, 64), atol=1e-9)
     for k, o in enumerate(scene.objects):
-        moved_Tx2 = AMPLITUDE[count] * 40 * np.stack(offset(motion, 2 * np.pi * time_T / 1.6 + o.phase), -1)
+        moved_Tx2 = AMPLITUDE[size] * 40 * np.stack(offset(motion, 2 * np.pi * time_T / 1.6 + o.phase), -1)
         centre_Tx2 = path_TxKx2[:, k] - moved_Tx2
         np.testing.assert_allclose(centre_Tx2, np.broadcast_to(centre_Tx2[:1], centre_Tx2.shape), atol=1e-9)
 
@@ -77,18 +77,19 @@ def test_nothing_jumps():
         assert np.abs(np.diff(video, axis=0)).max() <= 16
 
 
-def test_objects_stay_inside_every_canvas():
+@pytest.mark.parametrize("size", [1, "large"])
+def test_objects_stay_inside_every_canvas(size):
     """A shape shows its whole area at every time and on every canvas: nothing is cut off or covered."""
     area = collections.defaultdict(list)
     time_T = np.linspace(0, 1.6, 24)
     for seed, (width, height) in itertools.product(range(60), [*shapes.CANVASES, (50, 90)]):
-        scene = any_scene(seed, 1)
+        scene = any_scene(seed, size)
         label = scene.objects[0]
         # An edge position is the worst case of a centre.
         corner = tuple(np.round(label.centre_yx))
         for centre_yx in (label.centre_yx, corner):
             o = Object(label.shape, "red", label.motion, centre_yx, label.phase)
-            red_TxYxX = shapes.render(Scene((o,), BLACK), time_T, height, width)[..., 0]
+            red_TxYxX = shapes.render(Scene((o,), BLACK, scene.large), time_T, height, width)[..., 0]
             area[label.shape].extend(red_TxYxX.sum((1, 2)) / min(height, width) ** 2)
     for values in area.values():
         assert len(values) > 1000
@@ -242,13 +243,14 @@ def test_arguments_are_checked():
 # The scorer
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
-def test_scorer_reads_every_clip(count):
+def test_scorer_reads_every_clip(count, large):
     """At least 99% of rendered clips, in all labels of all their objects, on every canvas and for every length."""
     wrong = collections.Counter()
     drawn = collections.Counter()
     for i in range(count):
-        clip = ShapesSource(11)[i]
+        clip = ShapesSource(11, large=large)[i]
         found = followed(score(clip.video_TxYxXx3, clip.time_T), clip.caption)
         for kind in (clip.video_TxYxXx3.shape[1:3], len(clip.time_T), "all"):
             drawn[kind] += 1

@@ -85,7 +85,7 @@ def make_source(config, split: str = "train", cache=None):
         raise ValueError(f"split={split!r} is not known. Allowed: 'train', 'validation'.")
     data, seed = config.data, seed_of(config, split)
     if data.kind == "shapes":
-        return ShapesSource(seed, split, data.pair_share, data.still_share)
+        return ShapesSource(seed, split, data.pair_share, data.still_share, data.large)
     if data.kind == "clips":
         (st, sy, sx), (_, py, px) = config.codec.stride, config.model.patch
         return ClipsSource(

@@ -67,8 +67,9 @@ CANVASES = ((32, 32), (48, 32), (32, 48), (40, 40), (64, 32), (32, 64))  # width
 DURATIONS = {5: (8,), 9: (8, 12), 13: (8, 12)}  # frames: frames per second
 SPLITS = ("train", "validation")
 
-RADIUS = {1: 0.20, 2: 0.14}  # of an object, by how many there are, in short sides
-AMPLITUDE = {1: 0.26, 2: 0.17}  # of an orbit, likewise
+# By a scene's size, how many objects it has or "large": one alone that is easier to draw.
+RADIUS = {1: 0.20, 2: 0.14, "large": 0.26}  # of an object, in short sides
+AMPLITUDE = {1: 0.26, 2: 0.17, "large": 0.20}  # of an orbit, likewise
 _JITTER = {1: 0.1, 2: 0.1}  # how far apart the orbits' centres may be drawn, in shares of the room
 _HALF_SQUARE, _TRIANGLE, _CROSS_LENGTH, _CROSS_WIDTH = 0.88, 1.36, 1.12, 0.36  # in radii; areas are nearly equal
 _EXTENT = {  # in radii: up, down, left or right
@@ -129,10 +130,16 @@ class Background:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Objects in painter's order (the last is in front), over a background."""
+    """Objects in painter's order (the last is in front), over a background; large: one alone, larger, moving less."""
 
     objects: tuple[Object, ...]
     background: Background
+    large: bool = False
+
+    @property
+    def size(self):
+        """The key of RADIUS and AMPLITUDE."""
+        return "large" if self.large else len(self.objects)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +176,8 @@ def draw_labels(rng, count, pool=_TRAINED):
     return tuple(labels)
 
 
-def draw_scene(rng, labels):
-    """A Scene of these labels (with motions): centres, phases and background from `rng`.
+def draw_scene(rng, labels, large=False):
+    """A Scene of these labels (with motions): centres, phases and background from `rng`; large: where it is one object.
 
     One object circles about the middle. Of two, the one named first has the upper left corner of the room, the other
     the lower right one, and their phases are such that they stay apart at all times; if no draw of 256 does, the one
@@ -188,7 +195,7 @@ def draw_scene(rng, labels):
         if apart_R.any():
             break
     objects = tuple(Object(*x, tuple(c.tolist()), float(p)) for x, c, p in zip(labels, *best, strict=True))
-    return Scene(objects, _draw_background(rng))
+    return Scene(objects, _draw_background(rng), large and len(objects) == 1)
 
 
 def _draw_centres(rng, count):
@@ -216,11 +223,11 @@ def _draw_background(rng):
 
 
 @functools.lru_cache(maxsize=4096)
-def _room(shape, motion, count, height, width):
+def _room(shape, motion, size, height, width):
     """Where an orbit's centre may lie: (lowest, highest), each (y, x) in pixels, so that the object stays inside."""
     short = min(height, width)
-    up, down, side = (RADIUS[count] * short * e for e in _EXTENT[shape])
-    reach_y, reach_x = AMPLITUDE[count] * short * np.linalg.norm(ORBITS[motion], axis=1)
+    up, down, side = (RADIUS[size] * short * e for e in _EXTENT[shape])
+    reach_y, reach_x = AMPLITUDE[size] * short * np.linalg.norm(ORBITS[motion], axis=1)
     room = np.array([(up + reach_y, side + reach_x), (height - down - reach_y, width - side - reach_x)])
     room.flags.writeable = False
     return room
@@ -251,13 +258,13 @@ _CIRCLE_2xt = np.array([f(np.linspace(0, 2 * np.pi, 32, endpoint=False)) for f i
 
 def centres(scene, time_T, height, width):
     """Where the objects are: centre_TxKx2, (y, x) in pixels, for any times in seconds."""
-    time_T, count = np.asarray(time_T, np.float64), len(scene.objects)
+    time_T = np.asarray(time_T, np.float64)
     centre_KxTx2 = []
     for o in scene.objects:
-        low_2, high_2 = _room(o.shape, o.motion, count, height, width)
+        low_2, high_2 = _room(o.shape, o.motion, scene.size, height, width)
         angle_T = 2 * np.pi * time_T / PERIOD + o.phase
         orbit_Tx2 = np.stack([np.cos(angle_T), np.sin(angle_T)], 1) @ np.transpose(ORBITS[o.motion])
-        amplitude = AMPLITUDE[count] * min(height, width)
+        amplitude = AMPLITUDE[scene.size] * min(height, width)
         centre_KxTx2.append(low_2 + np.array(o.centre_yx) * (high_2 - low_2) + amplitude * orbit_Tx2)
     return np.stack(centre_KxTx2, 1)
 
@@ -285,7 +292,7 @@ def cover_and_shade(depth, radius):
 
 
 def _depths(scene, time_T, height, width):
-    radius, centre_TxKx2 = RADIUS[len(scene.objects)] * min(height, width), centres(scene, time_T, height, width)
+    radius, centre_TxKx2 = RADIUS[scene.size] * min(height, width), centres(scene, time_T, height, width)
     return [depth_inside(o.shape, centre_TxKx2[:, k], radius, height, width) for k, o in enumerate(scene.objects)]
 
 
@@ -322,7 +329,7 @@ def render(scene, time_T, height, width):
     background_YxXx3 = _paint_background(scene.background, height, width)
     video_TxYxXx3 = np.repeat(to_pixels(background_YxXx3)[None], len(time_T), 0)
     # Only the pixels that some object touches are painted in each frame.
-    radius, depths = RADIUS[len(scene.objects)] * min(height, width), _depths(scene, time_T, height, width)
+    radius, depths = RADIUS[scene.size] * min(height, width), _depths(scene, time_T, height, width)
     touched_P = np.flatnonzero(functools.reduce(np.maximum, depths) > -0.5)
     painted_Px3 = background_YxXx3.reshape(-1, 3)[touched_P % (height * width)]
     for o, depth_TxYxX in zip(scene.objects, depths, strict=True):
@@ -376,13 +383,15 @@ class ShapesSource:
     """An endless set of clips by index: the same clip for the same (seed, split, index).
 
     split: "train" or "validation" (other clips of the same combinations); pair_share: of clips with two objects;
-    still_share: of pictures. Canvas, length and content are independent of each other.
+    still_share: of pictures; large: whether an object alone is larger and moves less. Canvas, length and content are
+    independent of each other.
     """
 
     seed: int = 0
     split: str = "train"
     pair_share: float = 0.5
     still_share: float = 0.2
+    large: bool = False
 
     def __post_init__(self):
         if self.split not in SPLITS:
@@ -399,7 +408,7 @@ class ShapesSource:
     def __getitem__(self, index):
         frames, fps, height, width, labels, rng = self._plan(index)
         time_T = (np.arange(frames) / fps).astype(np.float32)
-        scene = draw_scene(rng, labels)
+        scene = draw_scene(rng, labels, self.large)
         name = f"shapes/{self.seed}/{self.split}/{index}".encode()
         uid = int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
         return Clip(render(scene, time_T, height, width), time_T, caption(scene, frames > 1), uid)
@@ -407,7 +416,7 @@ class ShapesSource:
     def scene(self, index):
         """The Scene that clip `index` shows."""
         *_, labels, rng = self._plan(index)
-        return draw_scene(rng, labels)
+        return draw_scene(rng, labels, self.large)
 
     def layout(self, index):
         """(frames, height, width, caption) of clip `index`, without drawing it."""

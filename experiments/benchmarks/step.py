@@ -24,7 +24,8 @@ from dit_video.patches import Batch, Patches
 MODELS = flags.DEFINE_list("models", ["S/2", "B/2"], "Of S, B, L, XL / 2, 4, 8; 'default'; 'wide', width 2048.")
 TOKENS = flags.DEFINE_list("tokens", ["256", "1024", "4096"], "Patches of a row: one clip each.")
 BATCH = flags.DEFINE_integer("batch_tokens", 2048, "Patches of a batch, at least one row.")
-RUNS = flags.DEFINE_integer("runs", 5, "Counted steps, after one warm-up.")
+RUNS = flags.DEFINE_integer("runs", 5, "Counted steps.", lower_bound=1)
+WARMUP = flags.DEFINE_integer("warmup", 1, "Steps before those that count; the program is compiled before them.")
 REMAT = flags.DEFINE_string("remat", "dots", "model.remat.")
 DTYPE = flags.DEFINE_string("dtype", "", "model.dtype; by default float32 on CPU, bfloat16 elsewhere.")
 
@@ -75,14 +76,14 @@ def main(_):
             run = training.make_run(config)
             key = jax.random.key(0)
             state, batch = jax.jit(run.init)(key), jax.device_put(random_batch(config, run))
-            step = jax.jit(run.step, donate_argnums=0)
+            step = jax.jit(run.step, donate_argnums=0).lower(state, batch, key).compile()
             before = matmul_peak(jnp.dtype(config.model.dtype), side=3072)
             seconds = []
-            for _ in range(RUNS.value + 1):
+            for _ in range(WARMUP.value + RUNS.value):
                 state, took = timed(step, state, batch, key)
                 seconds.append(took)
             peak = max(before, matmul_peak(jnp.dtype(config.model.dtype), side=3072))
-            median = statistics.median(seconds[1:])
+            median = statistics.median(seconds[WARMUP.value :])
             rows = config.data.rows
             speed = 6 * rows * macs(run.model, [tokens], [1]) / median
             figures = f"{median:>9.3f}{speed / 1e9:>9.1f}{peak / 1e9:>14.1f}{speed / peak:>7.1%}"
