@@ -5,8 +5,8 @@ python -m dit_video.train --config=configs/shapes.py:quick --workdir=runs/quick
 python -m dit_video.train --config=configs/shapes.py:tasks --workdir=runs/tasks
 
 On 2 CPU cores the first takes under two hours, and its model follows 99% of prompts with one object, 95% with two
-(experiments/shapes/README.md); the second takes 10 minutes; the third, as many steps
-for every task, has not been run yet.
+(experiments/shapes/README.md); the second takes 10 minutes and follows 56% of those with one;
+the third, as many steps for every task, has not been run yet.
 """
 
 from configs import base
