@@ -5,6 +5,8 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -14,7 +16,17 @@ from configs import base, clips, shapes
 from dit_video.codecs import make_codec, to_float
 from dit_video.data.clips import ClipsSource
 from dit_video.data.decode import MediaError
-from dit_video.data.loader import Loader, Plan, Shard, fill, make_loader, make_source, split_indices, take
+from dit_video.data.loader import (
+    LOW_PRIORITY,
+    Loader,
+    Plan,
+    Shard,
+    fill,
+    make_loader,
+    make_source,
+    split_indices,
+    take,
+)
 from dit_video.patches import Clip, Grid, unpack
 from dit_video.text import words
 
@@ -157,6 +169,17 @@ def test_a_packed_clip_is_the_sources_own(open_loader):
 
 
 # The order
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+def test_threads_of_the_loader_give_way(open_loader):
+    """What works ahead runs at a lower priority than the thread that asks for batches, whose own stays."""
+    priority = lambda: {int(t): os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")}
+    before = priority()
+    draw(open_loader(small_config(shards=2, rows=4), words.tokenise, CODEC), 1)
+    after = priority()
+    assert sum(after[t] == LOW_PRIORITY for t in set(after) - set(before)) == 2
+    assert after[threading.get_native_id()] == before[threading.get_native_id()] < LOW_PRIORITY
 
 
 def test_each_epoch_has_every_clip_once_and_a_resumed_run_too(open_loader):

@@ -9,6 +9,9 @@ B rows in this process's batch, N patches per row, S text tokens per row, G grou
 
 import dataclasses
 import functools
+import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import grain
@@ -23,6 +26,7 @@ from dit_video.data.shapes import ShapesSource
 from dit_video.patches import Batch, Clip, Piece, choose, lay_out, leave_out, pack, visible
 
 AHEAD = 2  # batches that a thread or worker holds ready
+LOW_PRIORITY = 10  # niceness of the loader's threads
 VALIDATION_SEED = 2**31 - 1  # draws validation's clips and their order, whatever the run's seed
 HELD_OUT = 20  # one file in so many of a folder is for validation
 DROPPED = 0x64726F70  # the stream that what is left out is drawn from
@@ -271,6 +275,7 @@ class RowsIterator(grain.DatasetIterator):
         self.set_state(states)
 
     def __next__(self):
+        _give_way()
         rows = [next_row(self._plan, shard) for shard in self._shards for _ in range(self._plan.rows)]
         N, S, G = self._plan.limits
         return pack(rows, N, G, S)[0], self.get_state()
@@ -294,6 +299,12 @@ class RowsIterator(grain.DatasetIterator):
             )
             for v, s in states.items()
         ]
+
+
+def _give_way():
+    """Lets the step's threads go first where they share the processor with this one, which works ahead (Linux)."""
+    if sys.platform == "linux" and threading.current_thread() is not threading.main_thread():
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
 
 
 @dataclasses.dataclass
@@ -390,8 +401,10 @@ def read(plan: Plan, waiting: Waiting, dropping: bool) -> Piece | None:
 
 def draw_visible(plan: Plan, index: int, epoch: int, patches: int) -> np.ndarray:
     """Which patches of a clip stay while some are left out, by (seed, epoch, index): ascending indices."""
-    rng = np.random.default_rng((plan.seed, epoch, index, DROPPED))
     low, high = plan.drop
+    if not high:
+        return np.arange(patches)
+    rng = np.random.default_rng((plan.seed, epoch, index, DROPPED))
     rate = low + (high - low) * rng.random()
     return visible(rng.random(patches), rate)
 
