@@ -6,6 +6,7 @@ B rows, N patches per row, S text tokens per row, Q buckets of the level.
 import collections
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +27,21 @@ class Meter:
 
     def __init__(self, config, model, peak: float, pending: list):
         self.config, self.model, self.peak, self.pending = config, model, peak, pending
-        self.loss, self.bad_steps, self._since = None, 0, time.monotonic()
+        self.loss, self.bad_steps, self.patches, self._since = None, 0, 0, time.monotonic()
         self._work = collections.Counter()
 
-    def add(self, step: int, metrics: dict, counts: dict) -> dict | None:
-        """Takes a step's metrics; returns the line where one is due."""
-        row = {k: np.asarray(v, np.float64).tolist() for k, v in metrics.items()}
-        row |= {k: counts[k] for k in ("patches", "text", "clips", "patch_fill", "text_fill")}
+    def add(self, step: int, metrics: dict, work: Callable) -> dict | None:
+        """Takes a step's metrics and its `global_work`; returns the line where one is due."""
+        row, data = {k: np.asarray(v, np.float64).tolist() for k, v in metrics.items()}, self.config.data
+        row["patch_fill"] = row["patches"] / (data.rows * data.length)
+        row["text_fill"] = row["text"] / (data.rows * data.text_length)
         self.pending.append(row)
         self.bad_steps = int(row["bad_steps"])
         loss = row["loss"] / max(row["weight"], 1)
         if math.isfinite(loss):
             self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-        self._work.update(patches=counts["patches"], macs=counts["macs"](self.model))
+        self.patches = row["patches"]
+        self._work.update(patches=self.patches, macs=work(self.model))
         if step % self.config.log_every:
             return None
         rows, now = self.pending, time.monotonic()
@@ -67,8 +70,8 @@ def by_level(name: str, sum_Q, weight_Q) -> dict[str, float]:
     }
 
 
-def global_counts(counts: dict, local: Batch, shares: int) -> dict:
-    """Counts of all `shares` of the rows, taking this one for typical, and the model's work on them, when asked for."""
+def global_work(local: Batch, shares: int = 1) -> Callable:
+    """model -> its multiply-accumulates on all `shares` of a batch's rows, taking this share of them for typical."""
     seg_BxN, prompt_BxS = np.asarray(local.patches.seg_BxN), np.asarray(local.prompt_BxS)
     groups = local.patches.seg_BxG.size * shares
 
@@ -79,7 +82,7 @@ def global_counts(counts: dict, local: Batch, shares: int) -> dict:
             macs(model, [], [], groups) - macs(model, [], [], 1)
         )
 
-    return counts | {k: counts[k] * shares for k in ("patches", "text", "clips")} | {"macs": work}
+    return work
 
 
 def matmul_peak(dtype, side: int = 1536) -> float:

@@ -158,6 +158,9 @@ def make_run(config, mesh=None) -> Run:
         patches, weight_BxG = draw_levels(named_key(key, "levels"), batch.patches, config.flow)
         drop_BxS = drop_prompts(named_key(key, "text"), batch, config.text.dropout)
         sums = errors(params, batch, patches, weight_BxG, key, drop_BxS)
+        # What is real of the batch is counted where all of it is: each process has its own rows alone.
+        sums["patches"], sums["text"] = jnp.count_nonzero(patches.seg_BxN), jnp.count_nonzero(batch.prompt_BxS)
+        sums["clips"] = patches.seg_BxN.max(1).sum()
         return sums["loss"], sums
 
     def evaluate(params, batch: Batch, key, frozen=None):

@@ -24,10 +24,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dit_video import generate
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
-from dit_video.data.loader import fill, make_loader, make_source
+from dit_video.data.loader import make_loader, make_source
 from dit_video.flow import named_key
 from dit_video.gallery import Sample, grow
-from dit_video.meter import Meter, by_level, count_compilations, global_counts, matmul_peak
+from dit_video.meter import Meter, by_level, count_compilations, global_work, matmul_peak
 from dit_video.metrics import MetricsWriter, Progress
 from dit_video.patches import Batch
 from dit_video.sharding import batch_shardings, global_batch, make_mesh, row_share, state_shardings
@@ -125,10 +125,10 @@ def train(config, workdir) -> State:
                 extra = {"loader": _all_shards(loader_state), "meter": meter.pending}
                 checkpoints.save(step, state, extra, config.to_dict(), wait=wait)
 
-            def read(step, metrics, counts):
+            def read(step, metrics, work):
                 """Fetches a step's metrics, one step late, so that the devices never wait for the host."""
-                line = meter.add(step, jax.device_get(metrics), counts)
-                progress.update(step, meter.loss, counts["patches"])
+                line = meter.add(step, jax.device_get(metrics), work)
+                progress.update(step, meter.loss, meter.patches)
                 if meter.bad_steps >= MAX_BAD_STEPS:
                     checkpoints.wait()
                     raise FloatingPointError(
@@ -140,15 +140,15 @@ def train(config, workdir) -> State:
 
             # The loop.
             local = next(loader)
-            batch, counts = global_batch(local, mesh), global_counts(fill(local), local, share[1])
+            batch, work = global_batch(local, mesh), global_work(local, share[1])
             late = None
             for step in range(start + 1, config.steps + 1):
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, key)
-                loader_state, done = loader.get_state(), (step, metrics, counts)
+                loader_state, done = loader.get_state(), (step, metrics, work)
                 if step < config.steps:
                     local = next(loader)
-                    batch, counts = global_batch(local, mesh), global_counts(fill(local), local, share[1])
+                    batch, work = global_batch(local, mesh), global_work(local, share[1])
                 if late:
                     read(*late)
                 late = done

@@ -18,7 +18,7 @@ from absl import app, flags
 
 from configs import shapes
 from dit_video.data.loader import fill, make_loader
-from dit_video.meter import global_counts
+from dit_video.meter import global_work
 from dit_video.step import make_run
 
 RATES = flags.DEFINE_list("rates", ["0", "0.25", "0.5", "0.75"], "Shares left out; the first is compared with.")
@@ -40,9 +40,9 @@ def packed(config, run, count: int):
     loader = make_loader(config, run.text.tokenise, run.codec)
     batches = [next(loader) for _ in range(count)]
     loader.close()
-    counts = [global_counts(fill(batch), batch) for batch in batches]
+    counts = [fill(batch) for batch in batches]
     means = [np.mean([c[name] for c in counts]) for name in ("clips", "patch_fill")]
-    return batches[0], *means, np.mean([c["macs"](run.model) for c in counts])
+    return batches[0], *means, np.mean([global_work(batch)(run.model) for batch in batches])
 
 
 def main(_):
