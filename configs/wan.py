@@ -31,7 +31,9 @@ def get_config(form="T2V-1.3B"):
     stride, rate = (16, 6.0) if form == "TI2V-5B" else (8, 4.0)  # pixels per latent, latent frames per second
     codec.kind, codec.stride = "latents", (4, stride, stride)
     config.text.kind, config.text.width, config.text.tokens = "frozen", 4096, 512
-    config.data.text_length, config.data.group_by = 2048, "clip"
+    config.data.kind, config.data.text_length, config.data.group_by = "clips", 2048, "clip"
+    config.data.max_frames, config.data.max_side, config.data.min_side = 81, 832, 256
+    config.data.fps = (4 * rate, 4 * rate)
     config.data.max_tokens = 21 * 30 * 52  # 81 frames at 832x480; what a window may hold is data.length too
     model.patch, model.predict, model.dtype = (1, 2, 2), "v", "bfloat16"
     model.position, model.qk_norm = "rope", "width"

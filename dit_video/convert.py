@@ -37,7 +37,8 @@ REVISION = flags.DEFINE_string("revision", None, "The hub repository's commit, t
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "By default bfloat16 where all weights are.")
 
 # What of a hub repository is fetched: weights and their description, never code.
-HUB_FILES = ("*.safetensors", "*.pt", "*.safetensors.index.json", "config.json", "transformer/*")
+HUB_FILES = ("*.safetensors", "*.pt", "*.pth", "*.safetensors.index.json", "config.json", "transformer/*")
+WEIGHTS = (".safetensors", ".pt", ".pth")
 HUB_NEVER = ("*.py", "*.pkl")
 HUB_PARTS = ("text_encoder/*", "vae/*", "image_encoder/*", "tokenizer/*")
 
@@ -55,7 +56,7 @@ def fetch(source: str, revision: str | None = None):
         return path
     parts = source.split("/")
     folder = parts.pop() if len(parts) == 3 and parts[-1] == "vae" else ""
-    if len(parts) != 2 or not all(part and part.strip(".") for part in parts) or path.suffix in (".safetensors", ".pt"):
+    if len(parts) != 2 or not all(part and part.strip(".") for part in parts) or path.suffix in WEIGHTS:
         raise FileNotFoundError(f"{source} does not exist, and is no hub id (of the form owner/name).")
     try:
         import huggingface_hub as hub
@@ -66,7 +67,7 @@ def fetch(source: str, revision: str | None = None):
         allowed, ignored = ("vae/*", HUB_NEVER) if folder else (HUB_FILES, HUB_NEVER + HUB_PARTS)
         get = functools.partial(hub.snapshot_download, "/".join(parts), revision=revision, allow_patterns=allowed)
         path = pathlib.Path(get(ignore_patterns=ignored + ("*.bin",)))
-        if not any(found.suffix in (".safetensors", ".pt") for found in path.rglob("*")):
+        if not any(found.suffix in WEIGHTS for found in path.rglob("*")):
             path = get(ignore_patterns=ignored)  # PyTorch's, where there is nothing else
     except OSError as error:  # of which all that the hub raises is a kind
         raise FileNotFoundError(f"{source} is not on this machine, and not to be had from the hub: {error}") from error

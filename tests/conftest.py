@@ -33,3 +33,12 @@ def shared():
     if not path.is_dir():
         pytest.skip(f"no shared data at {path} (set DIT_VIDEO_SHARED)")
     return path
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """The directory of what reference implementations gave."""
+    path = shared / "golden"
+    if not path.is_dir():
+        pytest.skip(f"no reference arrays at {path}")
+    return path

@@ -326,14 +326,6 @@ def test_the_rebuild_tells_a_wrong_reading(name, part, wrong):
     assert error(ours, again(**wrong)) > 1e-4
 
 
-@pytest.fixture(scope="module")
-def golden(shared):
-    path = shared / "golden"
-    if not path.is_dir():
-        pytest.skip(f"no reference arrays at {path}")
-    return path
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_rebuild_gives_the_references_arrays(golden, name):
     """So that it is worth holding the codecs against it."""

@@ -33,7 +33,7 @@ from dit_video.sharding import make_mesh, state_shardings
 from dit_video.step import make_run
 from dit_video.text import embeddings
 from dit_video.trainer import start_from
-from dit_video.weights import diffusion, dit, families, kl, latte, native, sit, stream, wan
+from dit_video.weights import diffusion, dit, families, files, kl, latte, native, sit, stream, wan
 from dit_video.weights.files import open_safetensors, open_torch, open_weights, read_pickle
 from experiments.parity import diffusion as parity
 from experiments.parity.arrays import error
@@ -271,6 +271,14 @@ def test_nothing_in_a_pickle_is_run(tmp_path, kind, protocol):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_pickle_of_endless_words_is_refused(monkeypatch):
+    """Minutes of reading would be asked for by a file of a few megabytes."""
+    monkeypatch.setattr(files, "MAX_WORDS", 1000)
+    assert read_pickle(b"\x80\x02(" + b"N" * 990 + b"t.") == (None,) * 990
+    with pytest.raises(ValueError, match="longer than 1,000 words"):
+        read_pickle(b"\x80\x02(" + b"N" * 1000 + b"t.")
+
+
 def test_damaged_pickles_are_refused_whatever_is_damaged():
     """Cut anywhere, or with any byte another: a plain value comes out, or a ValueError."""
     rng = np.random.default_rng(0)
@@ -451,9 +459,9 @@ def test_import_and_export_are_inverse(tmp_path, family, form):
     + [("wan", "diffusers/wan_transformer"), ("wan", "diffusers/wan_transformer_i2v")],
     ids=lambda p: p.split("/")[-1],
 )
-def test_streaming_gives_what_importing_gives(shared, name, path):
+def test_streaming_gives_what_importing_gives(golden, name, path):
     """One tensor at a time or all at once: the same, for the reference's own weights, under both of Wan's namings."""
-    opened = open_weights(shared / "golden" / f"{path}.safetensors")
+    opened = open_weights(golden / f"{path}.safetensors")
     shapes = {n: s.shape for n, s in opened.tensors.items()}
     family, _, published = families.find(shapes, opened.config, name if name in ("dit", "sit") else None)
     assert family == name
@@ -607,9 +615,9 @@ def _flat(tree, at=()):
 
 
 @pytest.mark.parametrize("name", parity.MODELS)
-def test_a_converted_model_gives_its_references_output(shared, tmp_path, name):
+def test_a_converted_model_gives_its_references_output(golden, tmp_path, name):
     """From the reference's file by the command's own way to the velocity that `sample` and `train` use."""
-    golden, file = shared / "golden", tmp_path / "ours.safetensors"
+    file = tmp_path / "ours.safetensors"
     CONVERT.import_file(golden / f"{parity.MODELS[name][1]}.safetensors", file, family=name)
     trained = generate.load(file)
     p = dataclasses.replace(parity.published(golden, name), params=trained.params)
@@ -636,8 +644,8 @@ AUTOENCODERS = ("autoencoder_kl_sd", "autoencoder_kl_wan", "autoencoder_kl_wan22
 
 
 @pytest.mark.parametrize("path", AUTOENCODERS)
-def test_a_converted_autoencoder_goes_back_unchanged(shared, tmp_path, path):
-    source = shared / "golden/diffusers" / f"{path}.safetensors"
+def test_a_converted_autoencoder_goes_back_unchanged(golden, tmp_path, path):
+    source = golden / "diffusers" / f"{path}.safetensors"
     said = CONVERT.import_file(source, tmp_path / "ours.safetensors")
     assert (": kl, " if path.endswith("sd") else ": wan-vae, ") in said
     CONVERT.export_file(tmp_path / "ours.safetensors", tmp_path / "out")
@@ -650,15 +658,15 @@ def test_a_converted_autoencoder_goes_back_unchanged(shared, tmp_path, path):
 
 
 @pytest.mark.parametrize("path", AUTOENCODERS[:2])
-def test_a_converted_autoencoder_gives_its_references_output(shared, tmp_path, path):
+def test_a_converted_autoencoder_gives_its_references_output(golden, tmp_path, path):
     """Of images, by the codec that a config of its file asks for."""
-    said = CONVERT.import_file(shared / "golden/diffusers" / f"{path}.safetensors", tmp_path / "ours.safetensors")
+    said = CONVERT.import_file(golden / "diffusers" / f"{path}.safetensors", tmp_path / "ours.safetensors")
     config = base.get_config()
     flags_ = [line.removeprefix("--set=") for line in said.split() if line.startswith("--set=")]
     CONVERT.set_keys(config, CONVERT.parse_settings(flags_))
     config.codec.stride = (1, 8, 8) if path.endswith("sd") else (4, 8, 8)
     codec = make_codec(config.codec)
-    _, _, io = load_arrays(shared / "golden", f"diffusers/{path}")
+    _, _, io = load_arrays(golden, f"diffusers/{path}")
     if path.endswith("sd"):
         video, mean, decoded = (np.moveaxis(io[key][:1], 1, -1) for key in ("x", "mean", "decoded_from_mean"))
     else:
@@ -668,8 +676,8 @@ def test_a_converted_autoencoder_gives_its_references_output(shared, tmp_path, p
     assert error(chunked(codec, "decoder", mean), decoded) < 1e-5
 
 
-def test_what_of_an_autoencoder_does_not_fit_is_named(shared, tmp_path):
-    source = shared / "golden/diffusers/autoencoder_kl_sd.safetensors"
+def test_what_of_an_autoencoder_does_not_fit_is_named(golden, tmp_path):
+    source = golden / "diffusers/autoencoder_kl_sd.safetensors"
     config, state = open_weights(source).config, read(source)
     convert = lambda state, config, **how: CONVERT.import_file(
         save(tmp_path / "in.safetensors", state, config=config), tmp_path / "ours.safetensors", **how

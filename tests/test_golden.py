@@ -23,16 +23,16 @@ from experiments.parity.arrays import limit
 
 
 @pytest.fixture(scope="module")
-def load(shared):
+def load(golden):
     """A reference's state dict, the arguments of its class, and the arrays that it took and gave."""
-    return functools.partial(arrays.load, shared / "golden")
+    return functools.partial(arrays.load, golden)
 
 
 # Wan
 
 
-def test_wan(shared):
-    found = parity_wan.errors(shared / "golden")
+def test_wan(golden):
+    found = parity_wan.errors(golden)
     assert len(found) == 4
     assert not {what: e for what, e in found.items() if not e < limit(what)}
 

@@ -43,16 +43,16 @@ TINY = {
         (parity.latte_errors, 9),
     ],
 )
-def test_reference_arrays(shared, errors, fewest):
-    found = errors(shared / "golden")
+def test_reference_arrays(golden, errors, fewest):
+    found = errors(golden)
     assert len(found) >= fewest
     assert not {what: e for what, e in found.items() if not e < limit(what)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_rebuild_gives_the_references_arrays(shared, name):
+def test_the_rebuild_gives_the_references_arrays(golden, name):
     """So that it is worth holding the model against it. The references are float32, and so are their sinusoids."""
-    state, config, io = parity.load(shared / "golden", parity.MODELS[name][1])
+    state, config, io = parity.load(golden, parity.MODELS[name][1])
     x = io["x"] if name == "latte" else io["x"][:, None]
     for b, t in enumerate(io["t"]):
         ours = rebuild.forward(state, config, x[b], t, io["y"][b])
@@ -154,25 +154,25 @@ def test_configs_make_the_published_models(family):
         assert round(parameters(model, config.text.classes) / 1e6) == count
 
 
-def test_sizes_and_macs_are_the_published_ones(shared):
+def test_sizes_and_macs_are_the_published_ones(golden):
     """DiT's and Latte's, S, B, L and XL with patches of 2, 4 and 8: trainable parameters and MACs, to the unit."""
-    sizes = {name: json.loads((shared / "golden" / name / "sizes.json").read_text()) for name in ("dit", "latte")}
-    for name, golden in sizes["dit"].items():
+    sizes = {name: json.loads((golden / name / "sizes.json").read_text()) for name in ("dit", "latte")}
+    for name, wanted in sizes["dit"].items():
         form, side = name.removeprefix("DiT-").split("@")
         config = dit_config.get_config(form)
         model = make_model(config, config.codec.channels)
-        assert parameters(model, config.text.classes) == golden["params_trainable"], name
-        assert macs(model, [(int(side) // int(form[-1])) ** 2], [1]) == golden["macs_formula"], name
-    for name, golden in sizes["latte"].items():
+        assert parameters(model, config.text.classes) == wanted["params_trainable"], name
+        assert macs(model, [(int(side) // int(form[-1])) ** 2], [1]) == wanted["macs_formula"], name
+    for name, wanted in sizes["latte"].items():
         form = name.removeprefix("Latte-")
         depth, width, heads = dit_config.SIZES[form.split("/")[0]]
         config = TINY | {
             "input_size": 32, "patch_size": int(form[-1]), "hidden_size": width, "depth": depth, "num_heads": heads,
             "num_frames": 16, "extras": 1,
         }  # fmt: skip
-        assert parameters(DiT(**latte.arguments(config)), 0) == golden["params_trainable"], name
+        assert parameters(DiT(**latte.arguments(config)), 0) == wanted["params_trainable"], name
         tables = sum(rule.shape[1] * rule.shape[2] for rule in latte.rules(config) if not rule.ours)
-        assert golden["params_trainable"] + tables == golden["params_total"], name
+        assert wanted["params_trainable"] + tables == wanted["params_total"], name
 
 
 # Diffusion

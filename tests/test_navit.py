@@ -156,13 +156,6 @@ def test_an_image_longer_than_a_row_is_refused():
 # Against the reference's arrays
 
 
-@pytest.fixture(scope="module")
-def golden(shared):
-    if not (shared / "golden" / "navit").is_dir():
-        pytest.skip(f"no reference arrays of NaViT in {shared / 'golden'}")
-    return shared / "golden"
-
-
 def test_navit_gives_what_its_reference_gave(golden):
     """Masks and rows exactly; tokens, blocks, pooling and logits, packed and alone, to 1e-5 of their largest."""
     found = navit.errors(golden)

@@ -146,15 +146,13 @@ def test_published_schedules_by_hand():
 
 
 @pytest.fixture
-def schedulers(shared):
-    if not (shared / "golden" / "diffusers").is_dir():
-        pytest.skip(f"no reference arrays of schedules in {shared / 'golden'}")
-    return dict(np.load(shared / "golden" / "diffusers" / "schedulers.npz"))
+def schedulers(golden):
+    return dict(np.load(golden / "diffusers" / "schedulers.npz"))
 
 
-def test_published_schedules_are_their_reference(schedulers, shared):
+def test_published_schedules_are_their_reference(golden):
     """Levels, and the timesteps that the network is asked at, for all shifts and numbers of steps there."""
-    found = schedules.errors(shared / "golden")
+    found = schedules.errors(golden)
     assert len(found) == 4 and max(found.values()) < 1e-6, found
     assert found["unipc timesteps"] == 0
 

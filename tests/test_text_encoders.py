@@ -214,13 +214,6 @@ def test_what_is_masked_is_not_seen(family):
 # Against the reference's arrays
 
 
-@pytest.fixture(scope="module")
-def golden(shared):
-    if not (shared / "golden" / "transformers").is_dir():
-        pytest.skip(f"no reference arrays of text encoders in {shared / 'golden'}")
-    return shared / "golden"
-
-
 def test_encoders_give_what_their_reference_gave(golden):
     """Largest error relative to the largest value, float32 on CPU; the buckets to the last one."""
     found = parity.errors(golden)

@@ -45,8 +45,8 @@ def whole_pieces(plan, shard, clips):
 
 
 @pytest.mark.parametrize("name", ["rawpix", "normpix"])
-def test_the_same_noise_keeps_what_the_reference_of_mae_keeps(name, shared):
-    with np.load(shared / "golden" / "mae" / f"mae_tiny_{name}_io.npz") as io:
+def test_the_same_noise_keeps_what_the_reference_of_mae_keeps(name, golden):
+    with np.load(golden / "mae" / f"mae_tiny_{name}_io.npz") as io:
         rate = float(io["mask_ratio"])
         for noise_n, keep_k, removed_n in zip(io["noise"], io["ids_keep"], io["mask"]):
             np.testing.assert_array_equal(visible(noise_n, rate), np.sort(keep_k))

@@ -52,6 +52,7 @@ CONTAINERS = ("collections OrderedDict", "torch._utils _rebuild_parameter", "tor
 USUAL = ("ema", "state_dict", "model", "module")
 MAX_HEADER = 100_000_000  # bytes of a safetensors header; the format's own limit
 MAX_PICKLE = 256_000_000  # bytes of a PyTorch file's pickle, which holds names and shapes alone
+MAX_WORDS = 2_000_000  # of its language: some 40 are a tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,7 +339,9 @@ def read_pickle(data: bytes):
     """
     stack, below, memo = [], [], {}
     try:
-        for word, value, _ in pickletools.genops(io.BytesIO(data)):
+        for count, (word, value, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+            if count == MAX_WORDS:
+                raise ValueError(f"its pickle is longer than {MAX_WORDS:,} words, which no model's weights need.")
             match word.name:
                 case "PROTO" | "FRAME":
                     pass
