@@ -20,6 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import rebuild
 import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
@@ -29,6 +30,7 @@ from configs import wan as wan_config
 from dit_video import generate
 from dit_video.codecs import make_codec
 from dit_video.model import make_model
+from dit_video.patches import Cond
 from dit_video.sharding import make_mesh, state_shardings
 from dit_video.step import make_run
 from dit_video.text import embeddings
@@ -39,7 +41,7 @@ from experiments.parity import diffusion as parity
 from experiments.parity.arrays import error
 from experiments.parity.arrays import load as load_arrays
 from experiments.parity.autoencoders import chunked, last
-from experiments.parity.rows import frames, per_clip
+from experiments.parity.rows import frames, levels, per_clip, rows_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONVERT = importlib.import_module("dit_video.convert")
@@ -638,6 +640,21 @@ def test_a_converted_model_gives_its_references_output(golden, tmp_path, name):
     v = frames(v_BxNxP, grids)
     ours = -v if name == "sit" else z + wide(1 - level_B) * v
     assert error(ours, theirs[:, :, :C]) < 1e-5
+
+
+def test_a_converted_wan_gives_its_rebuilds_velocity(tmp_path):
+    """Shown z at level s as its x_t at timestep 1000 s, what it gives is noise less clip: our velocity, as it is."""
+    state, rng, file = random_weights("wan"), np.random.default_rng(1), tmp_path / "ours.safetensors"
+    CONVERT.import_file(save(tmp_path / "theirs.safetensors", state, config=WAN), file)
+    trained = generate.load(file)
+    x_CxTxYxX, text_SxE = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 3, 4, 6), (7, 12)))
+    batch, grids = rows_of(np.moveaxis(x_CxTxYxX, 0, -1)[None], lambda b: text_SxE, np.arange(3) / 4, per_row=1)
+    patches = dataclasses.replace(batch.patches, level_BxG=levels([250.0], batch.patches.level_BxG.shape))
+    trained.config.model.dtype = "float32"
+    velocity = jax.jit(diffusion.make_velocity(make_model(trained.config, 4), trained.config))
+    v_BxNxP, _ = velocity(trained.params["dit"], patches, Cond(batch.ids_BxSxK, batch.prompt_BxS))
+    ours_CxTxYxX = np.moveaxis(frames(v_BxNxP, grids)[0], 0, 1)
+    assert error(ours_CxTxYxX, rebuild.wan_forward(state, WAN, x_CxTxYxX, 250.0, text_SxE)) < 1e-5
 
 
 AUTOENCODERS = ("autoencoder_kl_sd", "autoencoder_kl_wan", "autoencoder_kl_wan22")
