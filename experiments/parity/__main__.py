@@ -33,6 +33,8 @@ itself, of masks, rows and buckets the number of entries that differ. Limits: 1e
 of a transformer, 1e-6 for schedules, 1e-13 for DDPM's float64 tables. Two of DiT's 256 features of the timestep have
 2e-5 for their weights' gradient: the reference's float32 frequency (number 12 of 128) is an ulp off what its exponent
 rounds to, which is 3e-5 radians at timestep 999. The references' own float32 is 3e-7 to 8e-7 from their float64.
+After three steps of AdamW, entries whose gradient is below 1e-4 of their array's largest are left out as the key's bias
+is: Adam divides by it, and rounding decides where they go.
 
     {command}
 
