@@ -34,4 +34,6 @@ def get_config(form="long"):
     if form == "tasks":
         config.flow.mixture.update(base.EVERY_TASK)
         config.flow.causal_share, config.model.window = 0.1, 3
+        config.model.canvas_most = 64.0
+        config.sample.guidance_given = 1.5
     return config

@@ -138,7 +138,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             "(codec.kind='latents'): write the latents (--save=latents, sample_latents)."
         )
     how, layout, level_K = _prepare(requests, trained, settings)
-    scale = [how.guidance if r.guidance is None else r.guidance for r in requests]
+    scale = {i: guidance_of(request, how) for i, request in enumerate(requests)}
 
     def solve(tasks: dict[int, Task]) -> dict[int, np.ndarray]:
         if not tasks:
@@ -176,7 +176,9 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
         for i, latents_TxYxXxC in solve(tasks).items()
     }
     videos = done(tasks)
-    videos |= done({i: loop(dataclasses.replace(requests[i], videos=(videos[i],)), layout, level_K) for i in unmade})
+    made = {i: dataclasses.replace(requests[i], videos=(videos[i],)) for i in unmade}
+    scale |= {i: guidance_of(request, how) for i, request in made.items()}
+    videos |= done({i: loop(request, layout, level_K) for i, request in made.items()})
     videos |= _roll_out({i: requests[i] for i in rolled}, rolled, layout, level_K, how.steps, solve)
     if causal:
         own = [requests[i] for i in causal], [*causal.values()], layout, [scale[i] for i in causal]
@@ -191,8 +193,16 @@ def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) 
     if others := sorted({task_of(request) for request in requests} - {"text"}):
         raise ValueError(f"latents are left undecoded for tasks of text alone, and these are {others}.")
     tasks = [text_to_video(request, layout, level_K) for request in requests]
-    scales = [how.guidance if r.guidance is None else r.guidance for r in requests]
+    scales = [guidance_of(request, how) for request in requests]
     return _pack_and_solve(tasks, scales, _placed(trained, mesh), how, mesh)[0] if tasks else []
+
+
+def guidance_of(request: Request, how) -> float:
+    """The request's own scale, or the settings' for its kind: what is given says what else a prompt alone does."""
+    if request.guidance is not None:
+        return request.guidance
+    given = request.image_YxXx3 is not None or len(request.videos) > 0
+    return how.guidance_given if given and how.guidance_given and task_of(request) != "rollout" else how.guidance
 
 
 def _placed(trained: Trained, mesh) -> Trained:
@@ -210,6 +220,8 @@ def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):
     unknown = set(settings) - set(defaults)
     if unknown:
         raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
+    if "guidance" in settings:  # asked for, and so of all requests
+        defaults["guidance_given"] = 0.0
     how = ml_collections.ConfigDict(defaults | settings)
     if config.text.kind == "frozen" and config.text.encoder:
         complete(config.text, [text for request in requests for text in prompts_of(request)])

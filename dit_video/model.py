@@ -81,6 +81,8 @@ class DiT(nn.Module):
         for 'data'.
     attention_pattern: what each layer of a period attends to: 'all', 'space' (its frame), 'time' (its place).
     pos_scale, pos_offset: index = pos * scale + offset, per axis (t, y, x).
+    canvas_most: with 'both', longer sides of a canvas (codec pixels) are told as this, 0 = as they are. A canvas larger
+        than any in training is then no number that the model never saw, while its places stay apart as they are.
     span: the longest clip's patches, if the caller promises one (see `attend`).
     window: latent frames, its own among them, that a frame of a causal clip sees (patches.block_BxN); None = all
         before it. With rope it alone tells a causal clip's times: it looks the same at any time of a long video.
@@ -107,6 +109,7 @@ class DiT(nn.Module):
     attention_pattern: tuple[str, ...] = ("all",)
     pos_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     pos_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    canvas_most: float = 0.0
     rope_theta: float = 10_000.0
     dtype: Any = jnp.float32
     remat: str = "none"
@@ -145,9 +148,14 @@ class DiT(nn.Module):
             if patches.block_BxN is not None:
                 t_BxN = jnp.where(patches.block_BxN > 0, self.pos_offset[0], index_BxNx3[..., 0])
                 index_BxNx3 = index_BxNx3.at[..., 0].set(t_BxN)
-            canvas_BxNx3 = spread(patches.canvas_BxGx3, patches.group_BxN) * jnp.array(self.pos_scale)
-            middle_BxNx2 = patches.pos_BxNx3[..., 1:] * jnp.array(self.pos_scale[1:]) - canvas_BxNx3[..., 1:] / 2
-            place_BxNx6 = jnp.concatenate([index_BxNx3[..., :1], middle_BxNx2, canvas_BxNx3], -1)
+            canvas_BxNx3 = spread(patches.canvas_BxGx3, patches.group_BxN)
+            middle_BxNx2 = (patches.pos_BxNx3 - canvas_BxNx3 / 2)[..., 1:] * jnp.array(self.pos_scale[1:])
+            if self.canvas_most:
+                canvas_BxNx3 = jnp.concatenate(
+                    [canvas_BxNx3[..., :1], jnp.minimum(canvas_BxNx3[..., 1:], self.canvas_most)], -1
+                )
+            place_BxNx6 = [index_BxNx3[..., :1], middle_BxNx2, canvas_BxNx3 * jnp.array(self.pos_scale)]
+            place_BxNx6 = jnp.concatenate(place_BxNx6, -1)
             place_BxNx6 = jnp.where(real_BxN[..., None], place_BxNx6, 0)
             waves_BxNxW = sinusoids(place_BxNx6, POSITION_FEATURES, POSITION_PERIOD).reshape(*real_BxN.shape, -1)
             h_BxNxD = h_BxNxD + _dense(self, "position", waves_BxNxW.shape[-1], D)(waves_BxNxW.astype(dtype))
@@ -468,7 +476,7 @@ def make_model(config, channels: int, span: int | None = None, mesh=None) -> DiT
         **{
             key: m[key]
             for key in "width depth heads mlp_width modulation position qk_norm text text_norm text_pool image_width "
-            "level_scale level_direction rope_theta remat unroll".split()
+            "level_scale level_direction rope_theta canvas_most remat unroll".split()
         },
     )
 
