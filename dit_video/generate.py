@@ -197,6 +197,16 @@ def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) 
     return _pack_and_solve(tasks, scales, _placed(trained, mesh), how, mesh)[0] if tasks else []
 
 
+def settings_of(config, settings: dict) -> ml_collections.ConfigDict:
+    """How a config's model is sampled, with what the caller asks for in its place; see `sample`."""
+    defaults = {"row": config.data.length} | config.sample.to_dict()
+    if unknown := set(settings) - set(defaults):
+        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
+    if "guidance" in settings:  # asked for, and so of all requests
+        defaults["guidance_given"] = 0.0
+    return ml_collections.ConfigDict(defaults | settings)
+
+
 def guidance_of(request: Request, how) -> float:
     """The request's own scale, or the settings' for its kind: what is given says what else a prompt alone does."""
     if request.guidance is not None:
@@ -216,13 +226,7 @@ def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):
     config = trained.config
     if config.model.image_width:
         raise ValueError(f"{config.name} is shown an image encoder's tokens, which no task lays out yet.")
-    defaults = {"row": config.data.length} | config.sample.to_dict()
-    unknown = set(settings) - set(defaults)
-    if unknown:
-        raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
-    if "guidance" in settings:  # asked for, and so of all requests
-        defaults["guidance_given"] = 0.0
-    how = ml_collections.ConfigDict(defaults | settings)
+    how = settings_of(config, settings)
     if config.text.kind == "frozen" and config.text.encoder:
         complete(config.text, [text for request in requests for text in prompts_of(request)])
     text = make_text(config.text)

@@ -132,14 +132,16 @@ def main(argv):
         (_, sy, sx), (_, py, px) = make_codec(config.codec).stride, config.model.patch
         wanted = asked((sy * py, sx * px))
         given = {"steps": STEPS, "guidance": GUIDANCE, "history": HISTORY, "solver": SOLVER}
-        how = {k: config.sample[k] if flag.value is None else flag.value for k, flag in given.items()}
+        asked_for = {k: flag.value for k, flag in given.items() if flag.value is not None}
+        settings = generate.settings_of(config, asked_for)
         if SAVE.value == "latents":
             requests = [one.request for one in wanted]
-            print(save_latents(generate.sample_latents(requests, trained, **how), requests))
+            print(save_latents(generate.sample_latents(requests, trained, **asked_for), requests))
             return
-        videos = generate.sample([one.request for one in wanted], trained, **how)
+        videos = generate.sample([one.request for one in wanted], trained, **asked_for)
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    how = {k: settings[k] for k in ("steps", "guidance", "guidance_given", "history", "solver")}
     made_by = {"config": config.name, "checkpoint_step": trained.step, "weights": trained.source}
     samples = [
         Sample(

@@ -149,6 +149,27 @@ def test_nan_in_padding_changes_nothing(model):
         np.testing.assert_array_equal(a, b)
 
 
+def test_beyond_the_largest_canvas_a_model_sees_none():
+    """Of a larger canvas it is told what it is of the largest; of what lies within that, as it is."""
+    patches, cond, _ = lay(DEFAULT, [[0]], 64)
+    params = random_params(DEFAULT)
+
+    def at(side, **knobs):
+        """The same patches in the middle of a canvas of this side."""
+        old_BxGx3, new_BxGx3 = patches.canvas_BxGx3, patches.canvas_BxGx3 * [1, 0, 0] + [0, side, side]
+        moved_BxNx3 = (new_BxGx3 - old_BxGx3)[:, :1] / 2 * [0, 1, 1]
+        moved = dataclasses.replace(
+            patches,
+            canvas_BxGx3=new_BxGx3.astype(np.float32),
+            pos_BxNx3=(patches.pos_BxNx3 + moved_BxNx3).astype(np.float32),
+        )
+        return forward(dataclasses.replace(DEFAULT, **knobs), params, moved, cond)
+
+    np.testing.assert_allclose(at(160, canvas_most=128.0), at(128, canvas_most=128.0), atol=2e-5)
+    np.testing.assert_array_equal(at(96, canvas_most=128.0), at(96))
+    assert np.abs(at(160) - at(128)).max() > 1e-2
+
+
 def poisoned(patches, cond):
     """The same with NaN wherever there is no patch and no text token."""
     x = np.where((patches.seg_BxN == 0)[..., None], np.nan, patches.x_BxNxP)

@@ -563,6 +563,22 @@ def test_prompts_seeds_and_guidance_reach_the_sample(trained, packed):
         assert levels_apart(found[1:2], packed[1:2]) > 20, change
 
 
+def test_what_is_given_has_a_guidance_of_its_own(trained, packed, answers):
+    """By the config, where the request has none and the caller asks for none; also where a made loop is closed."""
+    config = trained.config.copy_and_resolve_references()
+    config.sample.guidance_given = 5.0
+    other = dataclasses.replace(trained, config=config)
+    loop = Request("a", 24, 16, 9, task="loop", seed=1)
+    found = generate.sample([VIDEO, PICTURE, ANIMATION, dataclasses.replace(ANIMATION, guidance=2.0), loop], other)
+    (guided,) = generate.sample([dataclasses.replace(ANIMATION, guidance=5.0)], trained)
+    assert levels_apart([*found[:2], found[2], found[3]], [*packed[:2], guided, packed[2]]) <= 1
+    assert levels_apart([found[2]], [packed[2]]) > 20
+    assert levels_apart([found[4][:9]], [answers["loop from a prompt"][:9]]) <= 1
+    assert levels_apart([found[4]], [answers["loop from a prompt"]]) > 20
+    (asked,) = generate.sample([ANIMATION], other, guidance=2.0)
+    assert levels_apart([asked], [packed[2]]) <= 1
+
+
 def test_a_scale_of_one_is_no_guidance(trained):
     """Whether no request of the batch is guided, or another is."""
     plain = [dataclasses.replace(r, guidance=1.0) for r in REQUESTS]
