@@ -131,6 +131,43 @@ def test_an_object_left_out_or_elsewhere_is_not_painted_in():
     assert reached(wrongly("paint in", late)["path error"]) == "no"
 
 
+def gone(frames):
+    """The case's clip, of its first object no pixel left in these of the frames that were made."""
+
+    def spoil(case, video):
+        gone_T = np.zeros(len(video), bool)
+        gone_T[np.flatnonzero(case.made_T)[frames]] = True
+        gone_TxYxX = gone_T[:, None, None] & figures.objects_pixels(case, (0,)) & ~case.known_TxYxX
+        return np.where(gone_TxYxX[..., None], np.median(video, (0, 1, 2)).astype(np.uint8), video)
+
+    return spoil
+
+
+def test_an_object_that_vanishes_is_not_kept():
+    """In all frames made, in the last third of them, in one alone; the background goes on where it was."""
+    missed = lambda found, figures: all(reached(found[figure]) == "no" for figure in figures)
+    assert missed(wrongly("paint in", gone(slice(None))), ["path error"])
+    for name in ("extend", "extend twice", "extend backward"):
+        kept = "colour", "shape", "motion"
+        assert missed(wrongly(name, gone(slice(-3, None))), [*kept, "path error"])
+        assert missed(wrongly(name, gone(slice(-1, None))), kept)
+    assert missed(wrongly("animate", gone(slice(8, None))), ["colour", "shape", "motion"])
+    assert missed(wrongly("edit", gone(slice(-4, None))), ["colour", "path error"])
+
+
+def test_the_hidden_objects_own_path_is_what_counts():
+    """Half a period away while the other object is where it was."""
+
+    def apart(case, video):
+        r, (first, *others) = case.request, case.scene.objects
+        other = dataclasses.replace(first, phase=first.phase + np.pi)
+        moved = dataclasses.replace(case.scene, objects=(other, *others))
+        return np.where(case.known_TxYxX[..., None], video, shapes.render(moved, case.time_T, r.height, r.width))
+
+    found = wrongly("paint in", apart)["path error"]
+    assert found["values"]["two objects"] > 2 and reached(found) == "no"
+
+
 def test_another_background_around_is_seen():
     def other(case, video):
         return np.where(case.known_TxYxX[..., None], video, 255 - video)
@@ -140,7 +177,8 @@ def test_another_background_around_is_seen():
 
 def test_an_edit_that_changes_nothing_has_not_the_prompted_colour():
     source = lambda case, video: case.request.videos[0]
-    assert wrongly("edit", source)["colour"]["values"]["all"] == 0
+    found = wrongly("edit", source)
+    assert found["colour"]["values"]["all"] == 0 and reached(found["path error"]) == "no"
 
 
 def test_what_is_hidden_is_hidden_wholly_and_for_the_middle_third_alone():
@@ -164,7 +202,7 @@ def test_true_clips_of_prompts_reach_every_goal():
     main = {"kinds": {kind: {"all": {"mean": 1.0}} for kind in ("one object", "two objects")}}
     found = [*measure_text(main, 4, as_prompted), *measure_unseen(6, as_prompted)]
     found += [r for r in measure_rollout(False, 4, as_prompted) if "quarter" in r["figure"]]
-    assert len(found) == 4 + 2 + 3 + 3
+    assert len(found) == 4 + 2 + 4 + 3
     assert all(r["values"]["all"] >= 0.98 and reached(r) in ("yes", "") for r in found), found
 
 
@@ -183,8 +221,9 @@ def test_prompts_followed_on_trained_sizes_alone_are_seen():
         trained = lambda r: (r.width, r.height) in shapes.CANVASES
         return [v if trained(r) else np.repeat(v[:1], len(v), 0) for r, v in zip(requests, as_prompted(requests))]
 
-    on_seen, on_other, share = measure_unseen(6, square_is_right)
+    on_seen, on_other, on_largest, share = measure_unseen(6, square_is_right)
     assert on_seen["values"]["all"] == 1 and on_other["values"]["all"] == 0 and reached(share) == "no"
+    assert on_largest["n"] == 2 and on_largest["values"]["all"] == 0
 
 
 def test_the_table_says_what_is_reached():
