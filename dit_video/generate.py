@@ -157,18 +157,14 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             rolled[i] = start_rollout(request, layout)
         elif i in unmade:
             tasks[i] = text_to_video(request, layout, level_K)
-            # What closes it is laid out now for its errors alone.
-            loop(dataclasses.replace(request, videos=(tasks[i].given_TxYxXx3,)), layout, level_K)
+            # What closes it is laid out now for its errors, and for what there is to tell.
+            closing = loop(dataclasses.replace(request, videos=(tasks[i].given_TxYxXx3,)), layout, level_K)
         else:
             tasks[i] = TASKS[kinds[i]](request, layout, level_K)
-            if words := told(tasks[i], layout):
-                logging.warning("request %d, %s: %s.", i, kinds[i], words)
+        if i in tasks and (words := told(closing if i in unmade else tasks[i], layout)):
+            logging.warning("request %d, %s: %s.", i, kinds[i], words)
 
-    most = max((task.grid.size for task in tasks.values()), default=0)
-    trained_on = trained.config.data.max_tokens
-    if most > FAR * trained_on:
-        words = "a request has %d patches, and the model was trained on clips of up to %d: smaller sizes are faster."
-        logging.warning(words, most, trained_on)
+    _warn_of_large(requests, tasks, trained.config.data.max_tokens)
 
     trained = _placed(trained, mesh)
     done = lambda tasks: {
@@ -234,17 +230,37 @@ def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):
     return how, layout, uniform_levels(how.steps, how.shift)
 
 
+def _warn_of_large(requests: Sequence[Request], tasks: dict[int, Task], trained_on: int) -> None:
+    """Says so where a request has many more patches than any clip that was trained on, and what would be as large."""
+    large = max(tasks, key=lambda i: tasks[i].grid.size, default=None)
+    if large is None or tasks[large].grid.size <= FAR * trained_on:
+        return
+    grid, r = tasks[large].grid, requests[large]
+    T, Y, X = grid.shape
+    share = min(trained_on / grid.size, 1) ** 0.5
+    fit = lambda pixels, count: pixels // count * max(round(share * count), 1)
+    logging.warning(
+        "request %d has %d patches, and the model was trained on clips of up to %d: smaller ones are what it knows, "
+        "and faster. Nearest: --size=%dx%d%s.",
+        large, grid.size, trained_on, fit(r.width, X), fit(r.height, Y),
+        ", or of a long video less (--context)" if r.videos and T > 8 else "",
+    )  # fmt: skip
+
+
 def _roll_out(requests: dict, rolled: dict, layout: Layout, level_K, steps: int, solve) -> dict[int, np.ndarray]:
-    """Roll-outs, {i: (layout of a window, window)}, in step with one another: one program for all chunks."""
+    """Roll-outs, {i: (layout of a window, window)}, in step with one another: one program for all chunks.
+
+    Those of as many latent frames at once go together: how fine the stairs of one are does not hang on another.
+    """
     active, windows = {i: rollout_latents(r, layout)[1] for i, r in requests.items()}, {i: rolled[i][1] for i in rolled}
-    chunks = max((rollout_latents(r, layout)[2] + active[i] - 1 for i, r in requests.items()), default=0)
     videos = {i: [] for i in rolled}
-    for _ in range(chunks):
-        per_chunk = -(-steps // min(active.values()))
-        latents = solve({i: roll(rolled[i][0], windows[i], active[i], per_chunk, level_K) for i in rolled})
-        for i in rolled:
-            windows[i], frames = advance(requests[i], layout, windows[i], latents[i])
-            videos[i] += [] if frames is None else [to_uint8(frames)]
+    for at_once in sorted(set(active.values())):
+        some = [i for i in rolled if active[i] == at_once]
+        for _ in range(max(rollout_latents(requests[i], layout)[2] for i in some) + at_once - 1):
+            latents = solve({i: roll(rolled[i][0], windows[i], at_once, -(-steps // at_once), level_K) for i in some})
+            for i in some:
+                windows[i], frames = advance(requests[i], layout, windows[i], latents[i])
+                videos[i] += [] if frames is None else [to_uint8(frames)]
     return {i: np.concatenate(videos[i])[: requests[i].frames] for i in rolled}
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dit_video.data.decode import Media, check, decode, probe
-from dit_video.tasks import Request
+from dit_video.data.decode import LIMITS, Media, check, decode, probe
+from dit_video.tasks import MOST_PARTS, Request, nearest_factor
 
 # What each task takes beside prompt, seed, num and guidance: the first names are needed, those in brackets may be left.
 FIELDS = {
@@ -29,6 +29,11 @@ FIELDS = {
     "rollout": ((), ("frames", "window", "context", "causal", "size", "fps")),
 }
 ALWAYS = ("task", "prompt", "seed", "num", "guidance")
+# What JSON may hold for each; a prompt or a video may be a list of such.
+KINDS = dict.fromkeys(("task", "prompt", "size", "image", "video", "mask", "direction"), str)
+KINDS |= dict.fromkeys(("frames", "new_frames", "context", "window", "seed", "num"), int)
+KINDS |= dict.fromkeys(("fps", "strength", "factor", "guidance"), float) | {"causal": bool}
+PATIENT = dataclasses.replace(LIMITS, timeout_s=600.0)  # of a file that is named, not one of a folder's many
 FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.8  # where nothing says otherwise
 
 
@@ -61,6 +66,7 @@ def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
 
     step_yx: pixels of a patch, to which sizes are fitted where none is given. Raises ValueError, or MediaError.
     """
+    _check_kinds(fields)
     task = fields.get("task", "text")
     if task not in FIELDS:
         raise ValueError(f"task={task!r} is not known. Allowed: {', '.join(FIELDS)}.")
@@ -82,11 +88,23 @@ def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
             f"task={task} takes {'a list of prompts' if task == 'timeline' else 'one prompt'}: {prompt!r}."
         )
     seed, num, guidance = fields.get("seed", 0), fields.get("num", 1), fields.get("guidance")
-    if not (isinstance(seed, int) and isinstance(num, int) and seed >= 0 and num >= 1):
+    if seed < 0 or num < 1:
         raise ValueError(f"seed={seed!r} and num={num!r}: give whole numbers, from 0 and from 1.")
     request = dataclasses.replace(read_task(dict(fields), step_yx), task=task, seed=seed, guidance=guidance)
     again = {name: value for name, value in fields.items() if name not in ("num", "seed")} | {"task": task}
     return [Asked(dataclasses.replace(request, seed=seed + i), again | {"seed": seed + i}) for i in range(num)]
+
+
+def _check_kinds(fields: Mapping) -> None:
+    """Raises ValueError for a field that holds what it cannot."""
+    names = {str: "text", int: "whole number", float: "finite number", bool: "true or false"}
+    for name, value in fields.items():
+        kind = KINDS.get(name)
+        values = value if name in ("prompt", "video") and isinstance(value, (list, tuple)) else [value]
+        for v in values if kind else ():
+            right = isinstance(v, (int, float) if kind is float else kind) and isinstance(v, bool) == (kind is bool)
+            if not right or (kind is float and not np.isfinite(v)):
+                raise ValueError(f"{name}={value!r} is no {names[kind]}.")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -106,7 +124,7 @@ def parse_timeline(prompts: Sequence[str]) -> tuple[tuple[float, str], ...]:
             timeline.append((float(seconds), prompt.strip()))
         except ValueError:
             colon = ""
-        if not colon:
+        if not colon or not np.isfinite(timeline[-1][0]):
             raise ValueError(f"prompt={text!r} is not of the form 'SECONDS: prompt', such as '1.5: a red circle'.")
     return tuple(timeline)
 
@@ -131,7 +149,7 @@ def _read_animate(fields, step_yx):
     path = fields["image"]
     media = probe(path)
     width, height = _size(fields, media, step_yx)
-    picture_YxXx3 = decode(media, 0.0, [0.0], height, width)[0]
+    picture_YxXx3 = decode(media, 0.0, [0.0], height, width, PATIENT)[0]
     request = Request(fields.get("prompt", ""), width, height, FRAMES, FPS, image_YxXx3=picture_YxXx3)
     return _numbers(request, fields)
 
@@ -146,7 +164,7 @@ def _read_video(fields, step_yx):
         raise ValueError(f"task={task} takes {count} video{'s' * (count > 1)}; {len(paths)} were given: {paths}.")
     if "frames" in fields:
         raise ValueError(f"frames={fields['frames']} goes with no video: the video says how long the clip is.")
-    medias = [check(path)[0] for path in paths]
+    medias = [_checked(path) for path in paths]
     sizes = {f"{media.width}x{media.height}" for media in medias}
     if len(sizes) > 1 and "size" not in fields:
         first = "x".join(map(str, _size(fields, medias[0], step_yx)))
@@ -174,18 +192,9 @@ READERS = {"text": _read_text, "rollout": _read_text, "timeline": _read_timeline
 
 
 def _numbers(request: Request, fields) -> Request:
-    """The request with the fields that are plain numbers or words. Raises ValueError for another type."""
-    kinds = {"frames": int, "fps": float, "new_frames": int, "context": int, "window": int, "strength": float}
-    found = {}
-    for name, kind in (kinds | {"direction": str, "causal": bool}).items():
-        if name in fields:
-            value = fields[name]
-            if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
-                kind is bool
-            ):
-                raise ValueError(f"{name}={value!r} is no {'number' if kind is float else kind.__name__}.")
-            found[name] = kind(value)
-    return dataclasses.replace(request, **found)
+    """The request with the fields that are plain numbers or words."""
+    plain = "frames", "fps", "new_frames", "context", "window", "strength", "direction", "causal"
+    return dataclasses.replace(request, **{name: KINDS[name](fields[name]) for name in plain if name in fields})
 
 
 def _frame_rate(request: Request, fields) -> Request:
@@ -195,10 +204,24 @@ def _frame_rate(request: Request, fields) -> Request:
     factor = float(fields["factor"]) if "factor" in fields else float(fields["fps"]) / request.fps
     if not (np.isfinite(factor) and factor > 0):
         raise ValueError(f"factor={factor:g} is no multiple of a frame rate. Give one above 0.")
+    nearest = nearest_factor(factor)
+    if "fps" in fields and abs(nearest - factor) > 2e-3 * factor:
+        raise ValueError(
+            f"fps={fields['fps']:g} of a video at {request.fps:g} is {factor:.4g} times as many frames, no fraction "
+            f"p/q with p and q up to {MOST_PARTS}. Nearest: fps={request.fps * nearest:.6g}."
+        )
     return dataclasses.replace(request, factor=factor, fps=request.fps * factor, strength=INTERPOLATION_STRENGTH)
 
 
 # Media.
+
+
+def _checked(path) -> Media:
+    """A file as `check` sees it, with a word where it can be used in part alone. Raises MediaError."""
+    media, report = check(path, PATIENT)
+    if report["status"] == "partial":
+        logging.warning("%s: only %d frames can be used (%s).", path, len(media.stamps), report["reason"])
+    return media
 
 
 def _size(fields, media: Media, step_yx):
@@ -233,12 +256,19 @@ def _read_frames(media: Media, height: int, width: int, fps: float | None):
         fps, time_T = fps or float(Fraction(own).limit_denominator(1001)), stamps
     else:
         time_T = np.arange(int(last * fps + 1e-3) + 1) / fps
+    gaps = np.diff(stamps)
+    if len(time_T) == len(stamps) and len(gaps) and gaps.max() > 1.5 * np.median(gaps) + 0.02:
+        logging.warning(
+            "%s: its frames lie %.3g to %.3g s apart, and are taken as evenly spaced, %.4g a second: another fps reads "
+            "them by their times.",
+            media.path, gaps.min(), gaps.max(), fps,
+        )  # fmt: skip
     if (width, height) != (media.width, media.height) or len(time_T) != len(stamps):
         logging.warning(
             "%s: %dx%d, %d frames, is read as %dx%d, %d frames at %.4g a second.",
             media.path, media.width, media.height, len(stamps), width, height, len(time_T), fps,
         )  # fmt: skip
-    return decode(media, 0.0, time_T, height, width), fps
+    return decode(media, 0.0, time_T, height, width, PATIENT), fps
 
 
 def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | None) -> np.ndarray:
@@ -267,7 +297,7 @@ def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | N
         mask_TxYxX = np.zeros((F, height, width), bool)
         mask_TxYxX[t0:t1, y0:y1, x0:x1] = True
         return mask_TxYxX
-    mask = check(text)[0]
+    mask = _checked(text)
     sizes = {(media.width, media.height), (width, height)}
     if (mask.width, mask.height) not in sizes:
         raise ValueError(
@@ -275,7 +305,7 @@ def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | N
             f"{f', sampled at {width}x{height}' * (len(sizes) > 1)}: give a mask of the video's size."
         )
     if mask.kind == "image":
-        return decode(mask, 0.0, [0.0], height, width)[..., 0] > 127
+        return decode(mask, 0.0, [0.0], height, width, PATIENT)[..., 0] > 127
     white_TxYxX = _read_frames(mask, height, width, fps)[0][..., 0] > 127
     if len(white_TxYxX) not in (1, F):
         raise ValueError(f"the mask {text} has {len(white_TxYxX)} frames and the video {F}: give {F}, or a picture.")

@@ -124,8 +124,9 @@ def extend(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     if request.direction != "backward":
         raise ValueError(f"direction={request.direction!r} is not known. Allowed: 'forward', 'backward'.")
     if seen < st:
+        few = f"context={seen}" if F >= st else f"the video has {F}"
         raise ValueError(
-            f"extending backward needs {st} known frames (the codec's stride) or more; {seen} are given. Nearest: {st}."
+            f"extending backward needs {st} known frames (the codec's stride) or more; {few}. Nearest: {st}."
         )
     seen = seen // st * st
     T = _legal(seen + new, st)
@@ -164,14 +165,21 @@ def loop(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """The video, and new_frames that lead from its end back to its beginning: shown again and again it has no seam."""
     _check_levels("looping", layout)
     (video_FxYxXx3,) = _videos(request, layout, 1)
-    st = layout.codec.stride[0]
+    st, F = layout.codec.stride[0], len(video_FxYxXx3)
+    _check_new_frames(request)
+    least = _legal(1 + request.new_frames, st) - request.new_frames - 1 + st  # those that share a group with new ones
+    if F < least:
+        raise ValueError(
+            f"looping by new_frames={request.new_frames} needs a video of {least} frames, in groups of {st} (the "
+            f"codec's stride), and this has {F}. Nearest: {least}."
+        )
     context = 1 + st if request.context is None else request.context
     # Another stream of noise than that of a video made from the same seed.
     both = dataclasses.replace(
         request, task="connect", videos=(video_FxYxXx3,) * 2, context=context, seed=request.seed ^ (1 << 62)
     )
     task = connect(both, layout, level_K)
-    start = 1 + (min(len(video_FxYxXx3), context) - 1) // st * st
+    start = 1 + (min(F, context) - 1) // st * st
     take = slice(start, start + request.new_frames)
     return dataclasses.replace(task, take=take, before_FxYxXx3=video_FxYxXx3, after_FxYxXx3=None)
 
@@ -196,7 +204,7 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     given_TxYxXx3, known_TxYxX = _canvas(request, T)
     index_T = np.minimum(np.arange(T), F - 1)
     given_TxYxXx3[inside], known_TxYxX[inside] = video_FxYxXx3[index_T], ~_mask(request)[index_T]
-    return dataclasses.replace(_lay(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
+    return _first(F, _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX))
 
 
 def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -216,8 +224,7 @@ def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
         _check_levels("editing with a mask", layout)
         known_TxYxX[:] = ~_mask(request)[index_T]
     start_n = np.full(_known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
-    task = _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
-    return dataclasses.replace(task, take=slice(0, F))
+    return _first(F, _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n))
 
 
 def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -230,11 +237,11 @@ def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     _check_levels("interpolating", layout)
     (video_FxYxXx3,) = _videos(request, layout, 1)
     F = len(video_FxYxXx3)
-    parts = range(1, MOST_PARTS + 1)
-    factor = min({Fraction(p, q) for p in parts for q in parts}, key=lambda rate: abs(rate - request.factor))
+    factor = nearest_factor(request.factor)
     if not abs(factor - request.factor) <= 2e-3 * request.factor:
         raise ValueError(
-            f"factor={request.factor:g} is no fraction p/q with p and q up to {MOST_PARTS}. Nearest: {factor}."
+            f"factor={request.factor:g} is no fraction p/q with p and q up to {MOST_PARTS}. "
+            f"Nearest: {float(factor):.4g}."
         )
     p, q = factor.numerator, factor.denominator
     if F < 2 or not 0 < request.strength <= 1:
@@ -256,6 +263,12 @@ def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     fine = dataclasses.replace(request, fps=request.fps * q)
     task = _lay(fine, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
     return dataclasses.replace(task, take=slice(0, shown, q))
+
+
+def nearest_factor(factor: float) -> Fraction:
+    """The fraction p / q nearest to it, p and q up to MOST_PARTS."""
+    parts = range(1, MOST_PARTS + 1)
+    return min({Fraction(p, q) for p in parts for q in parts}, key=lambda rate: abs(rate - factor))
 
 
 def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -315,7 +328,7 @@ def told(task: Task, layout: Layout) -> str:
     (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
     known_n = task.level_Kxg[0][task.piece.group_n] == 0
     seen_TxYxX = known_n.reshape(task.grid.shape).repeat(st * pt, 0)[st - 1 :].repeat(sy * py, 1).repeat(sx * px, 2)
-    unseen_TxYxX = (task.known_TxYxX & ~seen_TxYxX)[task.take]
+    unseen_TxYxX = task.known_TxYxX & ~seen_TxYxX
     whole_T = unseen_TxYxX.all((1, 2))
     frames, pixels = int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum())
     if not frames + pixels:
@@ -574,6 +587,12 @@ def _known_patches(known_TxYxX, layout, reduce=np.all):
     T, Y, X = known_TxYxX.shape
     cells = known_TxYxX.reshape(T // (st * pt), st * pt, Y // (sy * py), sy * py, X // (sx * px), sx * px)
     return reduce(cells, axis=(1, 3, 5)).ravel()
+
+
+def _first(frames: int, task: Task) -> Task:
+    """The task with an answer of its first frames: those after them repeat the last, and are none that were given."""
+    given_Tx1x1 = (np.arange(len(task.known_TxYxX)) < frames)[:, None, None]
+    return dataclasses.replace(task, take=slice(0, frames), known_TxYxX=task.known_TxYxX & given_Tx1x1)
 
 
 def _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n=None) -> Task:

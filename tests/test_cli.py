@@ -5,6 +5,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
@@ -17,10 +19,15 @@ from PIL import Image
 from test_trainer import tiny
 
 import dit_video
-from dit_video import generate
+from configs import base
+from dit_video import generate, requests
+from dit_video.codecs import make_codec
 from dit_video.data.decode import check, decode
 from dit_video.gallery import write_gif, write_png
+from dit_video.sampling import uniform_levels
 from dit_video.step import make_run
+from dit_video.tasks import TASKS, Layout, start_rollout
+from dit_video.text import make_text
 from dit_video.trainer import parse_prompt
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -254,7 +261,9 @@ def frames_of(path, **changes):
         ("edit a.gif --strength=1.5", "strength=1.5 is no level to start from. Choose above 0, and 1 at most"),
         ("interpolate a.gif", "either a factor, frames out per frame in, or fps"),
         ("interpolate a.gif --factor=0", "factor=0 is no multiple"),
-        ("interpolate a.gif --fps=29", "factor=3.625 is no fraction p/q with p and q up to 16. Nearest: 11/3"),
+        ("interpolate a.gif --fps=29", "fps=29 of a video at 8 is 3.625 times .* up to 16. Nearest: fps=29.3333"),
+        ("extend a.gif --direction=backward --context=2", "needs 4 known frames .*; context=2. Nearest: 4"),
+        ("loop a.png", "new_frames=8 needs a video of 4 frames, in groups of 4 .*, and this has 1. Nearest: 4"),
         ("loop a.gif --frames=5", "frames=5 goes with no video: the video says how long"),
     ],
 )
@@ -275,7 +284,14 @@ def test_wrong_media_flags(weights, media, tmp_path, given, message):
         ('{"task": "dream"}', "line 3: task='dream' is not known. Allowed: text, animate"),
         ('["text"]', "line 3: .* is no JSON object"),
         ('{"task": "text"', "line 3: "),
-        ('{"task": "text", "frames": "9"}', "line 3: frames='9' is no int"),
+        ('{"task": "text", "frames": "9"}', "line 3: frames='9' is no whole number"),
+        ('{"task": ["text"]}', r"line 3: task=\['text'\] is no text"),
+        ('{"task": "text", "guidance": "abc"}', "line 3: guidance='abc' is no finite number"),
+        ('{"task": "text", "fps": Infinity}', "line 3: fps=inf is no finite number"),
+        ('{"task": "text", "seed": true}', "line 3: seed=True is no whole number"),
+        ('{"task": "animate", "image": 5}', "line 3: image=5 is no text"),
+        ('{"task": "connect", "video": ["a.gif", 5]}', r"line 3: video=.* is no text"),
+        ('{"task": "timeline", "prompt": ["inf: b"]}', "line 3: prompt='inf: b' is not of the form 'SECONDS: prompt'"),
         ('{"task": "text", "seed": -1}', "line 3: seed=-1 and num=1: give whole numbers, from 0 and from 1"),
         ('{"task": "timeline", "prompt": "0: a"}', "line 3: task=timeline takes a list of prompts: '0: a'"),
         ('{"task": "edit", "video": ["a.gif", "b.gif"]}', "line 3: task=edit takes 1 video; 2 were given"),
@@ -286,6 +302,27 @@ def test_wrong_lines_of_requests(weights, tmp_path, line, message):
     (tmp_path / "r.jsonl").write_text('{"prompt": "a"}\n\n' + line)
     with pytest.raises(SystemExit, match=message):
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
+
+
+def test_readmes_tasks_are_laid_out_as_they_stand(monkeypatch):
+    """Every command of the section on tasks, and its lines of requests, from the files that they name."""
+    monkeypatch.chdir(ROOT)
+    text, config = (ROOT / "README.md").read_text(), base.get_config()
+    layout = Layout(make_codec(config.codec), tuple(config.model.patch), make_text(config.text).tokenise)
+    fields = [json.loads(line) for line in re.search(r"<<'END'\n(.*?)END", text, re.DOTALL)[1].splitlines()]
+    for line in re.findall(r"^python -m dit_video.sample (--.*--task=.*)$", text, re.MULTILINE):
+        with flagsaver.flagsaver():
+            flags.FLAGS(["sample", *shlex.split(line)])
+            fields += SAMPLE.fields_from_flags()
+    asked = [one for each in fields for one in requests.read(each, (8, 8))]
+    kinds = {one.request.task for one in asked}
+    assert kinds == set(requests.FIELDS) and len(asked) > 15
+    for one in asked:
+        if one.request.task == "rollout":
+            start_rollout(one.request, layout)
+        elif one.request.task != "loop" or one.request.videos:
+            task = TASKS[one.request.task](one.request, layout, uniform_levels(2))
+            assert task.level_Kxg.max() > 0
 
 
 def test_every_task_from_lines_of_requests(weights, media, tmp_path):

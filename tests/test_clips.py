@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_video import requests
 from dit_video.data import clips, decode
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -99,6 +100,17 @@ ALLOWED = {
     "ok": {"ok"},
     "ok_or_reject": {"ok", "rejected"},
 }
+
+
+@needs_media
+@pytest.mark.parametrize("name", ["cut_60pct_moov_at_start.mp4", "real_corrupt_mid_file.mp4"])
+def test_what_of_a_named_file_cannot_be_used_is_said(name, caplog):
+    """Asked for by name, a damaged video is used up to the damage, with a word."""
+    media, report = decode.check(BROKEN / name)
+    fields = {"task": "extend", "video": str(BROKEN / name), "size": "32x32"}
+    (asked,) = requests.read(fields, (8, 8))
+    assert len(asked.request.videos[0]) == len(media.stamps) < report["frames_promised"]
+    assert f"{name}: only {len(media.stamps)} frames can be used ({report['reason']})" in caplog.text
 
 
 @pytest.mark.parametrize("entry", manifest(BROKEN), ids=lambda entry: entry["file"])

@@ -3,6 +3,7 @@
 n patches of one request, g its groups, K = M + 1 levels, T x Y x X a clip's grid, P values per patch.
 """
 
+import collections
 import dataclasses
 
 import jax
@@ -274,6 +275,9 @@ def test_what_the_model_does_not_know_of_the_given_is_counted():
     assert "knows 8 of 24 patches" in painted and " 0 given frames in groups of 4 that are given in part" in painted
     assert f" {10 * (256 - 88)} given pixels in patches of 8x8 that the mask touches" in painted
     assert ": 8 given frames in groups of 4 that are given in part, 0 given pixels" in interpolated
+    # Of 5 known frames, 6 new ones and the first again, frames 11 and 12 lie in the group of 9 ... 12.
+    assert ": 2 given frames in groups of 4" in told(laid(ALL_TASKS["loop"]), layout)
+    assert told(laid(dataclasses.replace(ALL_TASKS["loop"], new_frames=8)), layout) == ""
 
 
 @pytest.mark.parametrize("name", ["animate", "forward", "backward", "connect", "loop"])
@@ -376,12 +380,12 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
         1: Request("b", 16, 16, 7, task="rollout", window=17),
     }
     rolled = {i: start_rollout(r, layout) for i, r in requests.items()}
-    seen, chunk = [], 0
+    seen, chunks = [], collections.Counter()
 
     def solve(tasks):
-        nonlocal chunk
         out = {}
         for i, task in tasks.items():
+            chunk = chunks[i]
             first, levels = max(0, chunk - (3 if i == 0 else 4)), task.level_Kxg
             latents = unpatchify(task.piece.x_nxP, task.grid).copy()
             assert (np.diff(levels, axis=0) <= 0).all() and (np.diff(levels, axis=1) >= 0).all()
@@ -402,7 +406,7 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
                 if end == 0:
                     latents[w] = value
             out[i] = latents
-        chunk += 1
+            chunks[i] += 1
         return out
 
     fresh = set()
@@ -428,10 +432,10 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
         ("forward", {"videos": (V / 255,)}, r"a video is float64 \(10, 16, 24, 3\); give uint8"),
         ("forward", {"width": 32}, r"the video is 24x16 and the clip 32x16 \(WIDTHxHEIGHT\)"),
         ("forward", {"width": 20}, "width=20 .*Nearest: 16 or 24"),
-        ("backward", {"videos": (V[:3],)}, r"backward needs 4 known frames .* 3 are given. Nearest: 4"),
+        ("backward", {"videos": (V[:3],)}, r"backward needs 4 known frames .*; the video has 3. Nearest: 4"),
         ("connect", {"videos": (V, video_of(9, 32))}, "the videos are 24x16 and 32x16 .*: resize one"),
         ("connect", {"videos": (V, W[:5])}, "new_frames=6, the 5 frames .* Give 6 of them at least, or new_frames=8"),
-        ("loop", {"videos": (V[:2],)}, "after new_frames=6, the 2 frames .*group of 4"),
+        ("loop", {"videos": (V[:2],)}, "new_frames=6 needs a video of 6 frames, .*, and this has 2. Nearest: 6"),
         ("in-painting", {"mask_TxYxX": None}, "painting needs a mask, or a size larger than the video's 24x16"),
         ("in-painting", {"mask_TxYxX": MASK[:, :8]}, "the mask is 24x8 and the video 24x16 .*: give a mask of 24x16"),
         ("in-painting", {"mask_TxYxX": np.repeat(MASK, 9, 0)}, "the mask has 9 frames and the video 10: give 10, or 1"),
@@ -508,6 +512,14 @@ def test_a_prompt_alone_is_looped(trained, answers):
     (video,) = generate.sample([request], trained)
     assert levels_apart([answers["loop from a prompt"][:9]], [video]) <= 1
     assert answers["rollout"].shape == (22, 16, 24, 3) and answers["rollout"].std((1, 2, 3)).min() > 10
+
+
+def test_a_roll_out_is_the_same_beside_one_of_another_window(trained, answers):
+    """As fine a staircase alone as packed."""
+    wide = Request("b", 16, 16, 22, task="rollout", window=17)
+    found = generate.sample([wide, Request("a", 24, 16, 22, task="rollout")], trained)
+    assert levels_apart([found[1]], [answers["rollout"]]) <= 1
+    assert levels_apart([found[0]], generate.sample([wide], trained)) <= 1
 
 
 def test_guidance_by_what_is_known_leaves_it_as_it_is(trained, answers):
