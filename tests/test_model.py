@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import dit_video
-from configs import dit
+from configs import base, dit, shapes
 from dit_video import patches as pt
 from dit_video.attention import attend as attend_eagerly
 from dit_video.attention import spread
-from dit_video.model import DiT, macs
+from dit_video.model import DiT, macs, make_model
 
 P, E, PATCH, STRIDE = 8, 10, (1, 2, 2), (8, 8)
 DEFAULT = DiT(
@@ -99,11 +99,20 @@ def test_a_level_for_each_of_many_groups_stays_cheap(size, modulation):
     sum each modulation's gradient over the group's patches.
     """
     depth, D, heads = dit.SIZES[size]
-    clips, N, G = [128] * 8, 1024, 32
     model = DiT(16, 16, D, depth, heads, 4 * D, modulation=modulation, text="pooled", text_width=D, level_scale=1000.0)
-    step = 3 * macs(model, clips, groups=G)
-    modulated = step - 3 * macs(model, clips, groups=0) + N * G * D * (6 * depth + 2)
-    assert modulated <= 0.03 * step
+    assert share_of_modulation(model, [128] * 8, 32) <= 0.03
+
+
+@pytest.mark.parametrize("config", [base.get_config(), shapes.get_config()], ids=["base", "shapes"])
+def test_a_level_for_each_of_many_groups_stays_cheap_in_our_own_rows(config):
+    clips, texts = [config.data.max_tokens // 2] * (2 * config.data.length // config.data.max_tokens), [24] * 8
+    assert share_of_modulation(make_model(config, 12 * 64), clips, config.data.groups, texts) <= 0.03
+
+
+def share_of_modulation(model, clips, groups, texts=()):
+    step = 3 * macs(model, clips, texts, groups)
+    one_hot = sum(clips) * groups * model.width * (6 * model.depth + 2)
+    return (step - 3 * macs(model, clips, texts, groups=0) + one_hot) / step
 
 
 # Exactness of packing

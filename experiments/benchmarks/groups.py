@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/groups.py --models=default,S/2 --groups=32
 
-Prints, per model and kind of modulation, the seconds of a training step with one group in a row of 1,024 patches, with
+Prints, per model and kind of modulation, the seconds of a training step with one group in a row of --patches, with
 many, and the ratio: medians of steps taken in turn. Seconds are the process's own on CPU, all its threads together, so
 that what else the machine does counts little; else those that pass.
 """
@@ -19,17 +19,19 @@ from step import MODELS, RUNS, model_config, random_batch
 from dit_video.step import make_run
 
 GROUPS = flags.DEFINE_integer("groups", 32, "Groups of a row, against 1.", lower_bound=2)
-PATCHES = 1024
+PATCHES = flags.DEFINE_integer("patches", 1024, "Of a row.", lower_bound=2)
 
 
 def prepared(name: str, modulation: str, groups: int):
     """(step, state, batch) of a model whose rows are cut in `groups` of one length."""
-    config = model_config(name, PATCHES)
+    config = model_config(name, PATCHES.value)
     config.model.modulation, config.data.groups = modulation, groups
     run = make_run(config)
     batch = random_batch(config, run)
     p = batch.patches
-    group_BxN = np.broadcast_to((np.arange(PATCHES) * groups // PATCHES).astype(np.int32), p.group_BxN.shape)
+    group_BxN = np.broadcast_to(
+        (np.arange(PATCHES.value) * groups // PATCHES.value).astype(np.int32), p.group_BxN.shape
+    )
     patches = dataclasses.replace(p, group_BxN=group_BxN, seg_BxG=np.ones_like(p.seg_BxG))
     batch = jax.device_put(dataclasses.replace(batch, patches=patches))
     return jax.jit(run.step, donate_argnums=0), jax.jit(run.init)(jax.random.key(0)), batch
