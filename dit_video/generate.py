@@ -22,7 +22,7 @@ from dit_video.codecs import make_codec, to_uint8
 from dit_video.flow import patch_noise
 from dit_video.model import empty_cache, make_model
 from dit_video.patches import Cond, choose, pack, unpack
-from dit_video.sampling import guided, recalled, uniform_levels
+from dit_video.sampling import guided, led, recalled, uniform_levels
 from dit_video.sampling import sample as integrate
 from dit_video.sharding import batch_sharding
 from dit_video.tasks import (
@@ -324,6 +324,13 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
             scale_BxG[b, mine_G] = scales[i]
             grids[i] = dataclasses.replace(tasks[i].grid, row=b, offset=places[b][seg - 1][1])
 
+    course_BxNxP = None
+    if any(task.course_nxP is not None for task in tasks):
+        course_BxNxP = np.full(batch.patches.x_BxNxP.shape, np.nan, np.float32)
+        for task, grid in zip(tasks, (grids[i] for i in range(len(tasks)))):
+            if task.course_nxP is not None:
+                course_BxNxP[grid.row, grid.offset : grid.offset + grid.size] = task.course_nxP
+
     guide = bool((scale_BxG != 1).any())
     if caches is not None:
         block_BxN = np.where(batch.patches.seg_BxN != 0, batch.patches.frame_BxN + 1, 0).astype(np.int32)
@@ -338,7 +345,8 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
         part = slice(start, start + at_once)
         some = jax.tree.map(lambda a, part=part: put(a[part]), batch)
         cache = caches[i] if caches else None
-        x_BxNxP, cache = run(trained.params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]), cache)
+        course = None if course_BxNxP is None else put(course_BxNxP[part])
+        x_BxNxP, cache = run(trained.params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]), course, cache)
         done.append(np.asarray(x_BxNxP))
         after.append(cache)
     return unpack(np.concatenate(done), [grids[i] for i in range(len(tasks))]), after
@@ -362,7 +370,7 @@ def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide
     velocity = make_velocity(make_model(config, make_codec(config.codec).channels, span=span), config)
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def run(params, batch, level_KxBxG, scale_BxG, cache):
+    def run(params, batch, level_KxBxG, scale_BxG, course_BxNxP, cache):
         def encode(drop):
             ids, prompt = text.drop(batch.ids_BxSxK, batch.prompt_BxS, jnp.full(batch.prompt_BxS.shape, drop))
             return Cond(text.module.apply({"params": params["text"]}, ids, prompt), prompt)
@@ -377,6 +385,8 @@ def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide
             known_BxG = (level_KxBxG == 0).all(0) & (batch.patches.seg_BxG != 0)
             noise_BxNxP = patch_noise(jax.random.key(0), batch.patches.uid_BxN, batch.patches.x_BxNxP.shape[-1])
             velocity_fn = recalled(velocity_fn, known_BxG, noise_BxNxP, history)
+        if course_BxNxP is not None:
+            velocity_fn = led(velocity_fn, course_BxNxP)
         patches = integrate(velocity_fn, batch.patches, level_KxBxG, solver)
         x_BxNxP = patches.x_BxNxP
         if cache is not None:  # what is clean now is run once more, for the frames to come to see

@@ -34,7 +34,7 @@ KINDS = dict.fromkeys(("task", "prompt", "size", "image", "video", "mask", "dire
 KINDS |= dict.fromkeys(("frames", "new_frames", "context", "window", "seed", "num"), int)
 KINDS |= dict.fromkeys(("fps", "strength", "factor", "guidance"), float) | {"causal": bool}
 PATIENT = dataclasses.replace(LIMITS, timeout_s=600.0)  # of a file that is named, not one of a folder's many
-FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.8  # where nothing says otherwise
+FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.6  # where nothing says otherwise
 
 
 @dataclasses.dataclass(frozen=True)

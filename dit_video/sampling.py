@@ -115,6 +115,11 @@ def guided(velocity_fn: Callable, cond, uncond, scale_BxG, interval: tuple[float
     return velocity
 
 
+def led(velocity_fn: Callable, course_BxNxP) -> Callable:
+    """v, but of values whose own velocity is known, course_BxNxP (nan: not known), that: they go where it leads."""
+    return lambda patches: jnp.where(jnp.isnan(course_BxNxP), velocity_fn(patches), course_BxNxP)
+
+
 def recalled(velocity_fn: Callable, known_BxG, noise_BxNxP, scale: float) -> Callable:
     """Guidance by what is known, v = v_0 + w (v_k - v_0) (vanilla history guidance; Song et al. 2025).
 

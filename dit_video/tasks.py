@@ -75,6 +75,7 @@ class Task:
     piece: its noise and what is known; grid: where the patches lie; level_Kxg: the schedule of each group.
     given_TxYxXx3 (uint8) is put back where known_TxYxX; then `take` says which frames are the answer, and they go
     between before_FxYxXx3 and after_FxYxXx3, frames of the request that the model need not see.
+    course_nxP: the velocity of values that are given in patches that are not known (see `_course`); nan elsewhere.
     """
 
     piece: Piece
@@ -85,6 +86,7 @@ class Task:
     take: slice = dataclasses.field(default_factory=lambda: slice(None))
     before_FxYxXx3: np.ndarray | None = None
     after_FxYxXx3: np.ndarray | None = None
+    course_nxP: np.ndarray | None = None
 
 
 # The tasks: each takes (request, layout, level_K) and raises ValueError for what cannot be laid out.
@@ -204,7 +206,7 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     given_TxYxXx3, known_TxYxX = _canvas(request, T)
     index_T = np.minimum(np.arange(T), F - 1)
     given_TxYxXx3[inside], known_TxYxX[inside] = video_FxYxXx3[index_T], ~_mask(request)[index_T]
-    return _first(F, _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX))
+    return dataclasses.replace(_lay(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
 
 
 def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -224,7 +226,8 @@ def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
         _check_levels("editing with a mask", layout)
         known_TxYxX[:] = ~_mask(request)[index_T]
     start_n = np.full(_known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
-    return _first(F, _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n))
+    task = _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
+    return dataclasses.replace(task, take=slice(0, F))
 
 
 def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -328,13 +331,14 @@ def told(task: Task, layout: Layout) -> str:
     (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
     known_n = task.level_Kxg[0][task.piece.group_n] == 0
     seen_TxYxX = known_n.reshape(task.grid.shape).repeat(st * pt, 0)[st - 1 :].repeat(sy * py, 1).repeat(sx * px, 2)
-    unseen_TxYxX = task.known_TxYxX & ~seen_TxYxX
+    # What is cut may be frames that repeat the last; but of a loop it is the video itself.
+    unseen_TxYxX = (task.known_TxYxX & ~seen_TxYxX)[task.take if task.before_FxYxXx3 is None else slice(None)]
     whole_T = unseen_TxYxX.all((1, 2))
     frames, pixels = int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum())
     if not frames + pixels:
         return ""
     return (
-        f"the model knows {known_n.sum()} of {known_n.size} patches; unknown to it, and put back after decoding: "
+        f"the model knows {known_n.sum()} of {known_n.size} patches; not among them, and put back after decoding: "
         f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
         f"{sx * px}x{sy * py} that the mask touches"
     )
@@ -589,12 +593,6 @@ def _known_patches(known_TxYxX, layout, reduce=np.all):
     return reduce(cells, axis=(1, 3, 5)).ravel()
 
 
-def _first(frames: int, task: Task) -> Task:
-    """The task with an answer of its first frames: those after them repeat the last, and are none that were given."""
-    given_Tx1x1 = (np.arange(len(task.known_TxYxX)) < frames)[:, None, None]
-    return dataclasses.replace(task, take=slice(0, frames), known_TxYxX=task.known_TxYxX & given_Tx1x1)
-
-
 def _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n=None) -> Task:
     """A canvas as patches; start_n: the level that each patch starts from where it is not known, by default 1.
 
@@ -608,7 +606,7 @@ def _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n=None) -> 
             "is given wholly. Give more frames, or a smaller mask."
         )
     start_n = np.where(known_n, 0, np.float32(1) if start_n is None else start_n).astype(np.float32)
-    if (start_n == 1).all():
+    if (start_n == 1).all() and not known_TxYxX.any():
         T, Y, X = known_TxYxX.shape
         latents_TxYxXxC = np.zeros((1 + (T - 1) // st, Y // sy, X // sx, layout.codec.channels), np.float32)
     else:
@@ -623,10 +621,24 @@ def _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n=None) -> 
     noise_nxP = np.random.default_rng(request.seed).standard_normal(piece.x_nxP.shape, np.float32)
     start_nx1 = start_n[:, None]
     x_nxP = (1 - start_nx1) * piece.x_nxP + start_nx1 * noise_nxP
+    course_nxP = _course(layout, known_TxYxX, known_n, noise_nxP - piece.x_nxP)
     return Task(
         piece=dataclasses.replace(piece, x_nxP=x_nxP, group_n=group_n.reshape(-1).astype(np.int32)),
         grid=grid,
         level_Kxg=level_K[:, None] * of_g[:, 1].astype(np.float32),
         given_TxYxXx3=given_TxYxXx3,
         known_TxYxX=known_TxYxX,
+        course_nxP=course_nxP,
     )
+
+
+def _course(layout, known_TxYxX, known_n, velocity_nxP):
+    """Of patches that are given in part, the velocity e - x of the values given, which leads them down their own noise
+    to what they are, so that the rest of the patch is made beside them; nan elsewhere. None where there are none, and
+    for learned codecs, whose latents no pixel has to itself.
+    """
+    if not isinstance(layout.codec, Pixels) or not (_known_patches(known_TxYxX, layout, np.any) & ~known_n).any():
+        return None
+    given_TxYxXx3 = np.repeat(known_TxYxX[..., None], 3, -1).astype(np.float32)
+    given_nxP, _ = patchify(layout.codec.encode(given_TxYxXx3), layout.patch)
+    return np.where((given_nxP > 0) & ~known_n[:, None], velocity_nxP, np.float32(np.nan)).astype(np.float32)

@@ -12,7 +12,7 @@ import pytest
 
 from dit_video.attention import spread
 from dit_video.patches import Patches
-from dit_video.sampling import flow_match_levels, guided, recalled, sample, uniform_levels, unipc_levels
+from dit_video.sampling import flow_match_levels, guided, led, recalled, sample, uniform_levels, unipc_levels
 from experiments.parity import schedules
 
 B, N, P, G = 2, 12, 3, 3
@@ -281,6 +281,23 @@ def test_guidance_by_what_is_known_extrapolates_from_without_it():
     for scale in (0.0, 1.0, 2.5):
         found = jax.jit(recalled(mixes, known_BxG, noise_BxNxP, scale))(patches)
         np.testing.assert_allclose(found, v_0 + scale * (v - v_0), atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "heun_full", "ab2"])
+def test_values_that_are_led_come_to_where_they_are_led(solver):
+    """e - x leads a value from noise e to x whatever the steps; the others go where the model's velocity takes them,
+    which sees the led ones on their way."""
+    patches, level_KxBxG = noise_patches(), np.repeat(uniform_levels(5, 3.0)[:, None, None], B, 1) * np.ones((B, G))
+    rng, held_BxNxP = np.random.default_rng(6), np.random.default_rng(7).random((B, N, P)) < 0.4
+    x_BxNxP = rng.normal(size=(B, N, P)).astype(np.float32)
+    course_BxNxP = np.where(held_BxNxP, patches.x_BxNxP - x_BxNxP, np.nan).astype(np.float32)
+    mixes = lambda p: gaussian_velocity(p) + p.x_BxNxP.mean(-1, keepdims=True)
+    real_BxN = (SEG_BxN != 0)[..., None]
+    free = np.asarray(sample(mixes, patches, level_KxBxG, solver).x_BxNxP)
+    found = np.asarray(sample(led(mixes, course_BxNxP), patches, level_KxBxG, solver).x_BxNxP)
+    np.testing.assert_allclose(found[held_BxNxP & real_BxN], x_BxNxP[held_BxNxP & real_BxN], atol=1e-5)
+    beside = ~held_BxNxP & held_BxNxP.any(-1, keepdims=True) & real_BxN
+    assert np.isfinite(found).all() and (np.abs(found - free)[beside] > 1e-4).all()
 
 
 def test_guidance_acts_within_its_interval_of_levels():

@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from dit_video import generate
-from dit_video.codecs import make_codec, to_float
+from dit_video.codecs import Pixels, make_codec, to_float
 from dit_video.model import make_model
 from dit_video.patches import Cond, lay_out, pack, unpatchify
 from dit_video.sampling import sample, uniform_levels
@@ -278,6 +278,33 @@ def test_what_the_model_does_not_know_of_the_given_is_counted():
     # Of 5 known frames, 6 new ones and the first again, frames 11 and 12 lie in the group of 9 ... 12.
     assert ": 2 given frames in groups of 4" in told(laid(ALL_TASKS["loop"]), layout)
     assert told(laid(dataclasses.replace(ALL_TASKS["loop"], new_frames=8)), layout) == ""
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_what_is_given_in_part_is_led_to_what_it_is(name):
+    """Each given value of a patch that is not known wholly: from where it starts to what is given, in its level."""
+    request, layout = ALL_TASKS[name], layout_of(tiny_config())
+    task = animate(request, layout, LEVEL_K) if name == "animate" else laid(request)
+    values = lambda video: lay_out(layout.codec.encode(video), range(99), layout.patch, (1, 1), [[0]], 0)[0].x_nxP
+    given_nxP = values(np.repeat(task.known_TxYxX[..., None], 3, -1).astype(np.float32)) > 0
+    level_nx1 = task.level_Kxg[0][task.piece.group_n][:, None]
+    led_nxP = given_nxP & (level_nx1 > 0)
+    if name not in ("connect", "loop", "in-painting", "both", "masked edit", "interpolate", "frame rate"):
+        assert task.course_nxP is None and not led_nxP.any()
+        return
+    assert led_nxP.any()
+    np.testing.assert_array_equal(~np.isnan(task.course_nxP), led_nxP)
+    there_nxP = task.piece.x_nxP - level_nx1 * task.course_nxP
+    np.testing.assert_allclose(there_nxP[led_nxP], values(to_float(task.given_TxYxXx3))[led_nxP], atol=1e-6)
+
+
+def test_a_learned_codecs_latents_are_not_led():
+    """No pixel has one of them to itself."""
+
+    class Learned:
+        stride, channels, encode = (4, 1, 1), 12, Pixels((4, 1, 1)).encode
+
+    assert laid(ALL_TASKS["connect"], codec=Learned()).course_nxP is None
 
 
 @pytest.mark.parametrize("name", ["animate", "forward", "backward", "connect", "loop"])
