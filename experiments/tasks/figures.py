@@ -122,6 +122,12 @@ def edit(i: int) -> Case:
     return _with(case, videos=(truth(source),), prompt=shapes.caption(wanted, moving=True))
 
 
+def interpolate(i: int) -> Case:
+    """Every second frame is given."""
+    case = _case(i, *world(i), np.arange(FRAMES), slice(None, None, 2), "interpolate", factor=2)
+    return _with(case, videos=(truth(case)[::2],))
+
+
 def _case(i, scene, width, height, fps, at_T, known, task, **fields) -> Case:
     """at_T: the answer's frames, counted in the scene's time; known: those of them that are given."""
     known_TxYxX = np.zeros((len(at_T), height, width), bool)

@@ -112,6 +112,12 @@ STUDIES = {
         (figures.identity, figures.path(2)),
         {"colour": Goal(least=0.9)} | near(2),
     ),
+    "interpolate": Study(
+        "every second of 13 frames",
+        figures.interpolate,
+        (figures.path(2), figures.background),
+        {"path error": Goal("{:.2f} px"), "path within 2 px": Goal(), "background error": Goal("{:.3f}")},
+    ),
 }
 
 
