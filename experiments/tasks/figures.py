@@ -15,7 +15,7 @@ from dit_video.tasks import Request
 
 KNOWN = 5  # frames given to extend, and on the near side of what is connected
 FRAMES = 13  # of the longest clip trained on
-EDIT_STRENGTH = 0.8
+EDIT_STRENGTH = 0.6
 MARGIN = 2  # pixels around the object that is hidden
 SEAM, JUMP = 1.25, 1.5  # the largest step allowed across a seam, and in a connection, against the largest elsewhere
 
