@@ -32,7 +32,8 @@ def get_config(form="long"):
         config.flow.mixture.first = 0.0
         config.optimizer.warmup, config.optimizer.ema = 40, 0.99
     if form == "tasks":
-        config.flow.mixture.update(base.EVERY_TASK)
+        config.flow.mixture.update(base.EVERY_TASK | {"prefix": 0.14, "suffix": 0.14, "ends": 0.14, "box": 0.11})
+        config.steps = 12_500
         config.flow.causal_share, config.model.window = 0.1, 3
         config.model.canvas_most = 64.0
         config.sample.guidance_given = 1.5
