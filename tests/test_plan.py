@@ -195,6 +195,21 @@ def test_memory_is_that_of_compiled_programs(changes, needed):
     assert sum(estimate.memory(run, mesh, state).values()) == pytest.approx(needed, rel=0.1)
 
 
+def test_an_offloaded_optimizer_is_no_burden_while_gradients_are_computed():
+    """It counts as far as it is more than what is gone when it comes; the memory's traffic stays what it was."""
+
+    def estimated(offload, rows):
+        run, mesh = make(config_of(optimizer__offload=offload, data__rows=rows, mesh__fsdp=8))
+        state = jax.eval_shape(run.init, jax.random.key(0))
+        return estimate.memory(run, mesh, state), estimate.traffic(run, mesh, state)
+
+    for rows in (8, 512):
+        (there, traffic), (away, same) = estimated(False, rows), estimated(True, rows)
+        passing = sum(there[kind] for kind in ("activations", "gathered weights", "working set"))
+        assert away == there | {"optimizer": max(there["optimizer"] - passing, 0)} and same == traffic
+    assert away["optimizer"] == 0 < there["optimizer"]
+
+
 def test_roofline():
     """A chip at its published figures for a second each; the step is the longest, at the share that is counted on."""
     chip = CHIPS["v5p"]

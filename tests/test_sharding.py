@@ -18,6 +18,7 @@ from dit_video.flow import named_key
 from dit_video.patches import Cond
 from dit_video.sharding import HOST, ROWS, global_batch, make_mesh, require_host_memory, state_shardings
 from dit_video.step import abstract_batch, make_run
+from dit_video.trainer import abstract_state, trace_step
 
 FOUR_HEADS = {"data.rows": 8, "model.heads": 4, "optimizer.kind": "adamw", "optimizer.warmup": 0}
 FOUR_HEADS |= {"flow.causal_share": 0.4, "model.window": 2}  # causal clips beside others, across the cuts of a row too
@@ -179,6 +180,20 @@ def test_what_does_not_divide_is_refused(layout, overrides, message):
     config.mesh = mesh_config(*layout)
     with pytest.raises(ValueError, match=message):
         make_run(config, make_mesh(config.mesh))
+
+
+def test_offload_is_what_the_step_is_made_for():
+    """Of the state that is restored and trained, the optimizer's arrays, and no others, lie in the host's memory."""
+    kinds = lambda tree: {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
+    for offload, kind in ((True, HOST), (False, "device")):
+        config = tiny(FOUR_HEADS | {"optimizer.offload": offload})
+        config.mesh = mesh_config(1, 8)
+        mesh = make_mesh(config.mesh)
+        run = make_run(config, mesh)
+        state = abstract_state(run, mesh)
+        assert kinds(state.opt_state) == {kind} and kinds((state.params, state.ema)) == {"device"}
+        placed = jax.tree.leaves(trace_step(run, mesh).lower().out_info[0].opt_state)
+        assert {a.sharding.memory_kind for a in placed if a.ndim} == {kind}
 
 
 @pytest.mark.slow
