@@ -389,7 +389,7 @@ def test_pictures_that_fail_do_not_end_a_run(tmp_path, monkeypatch, caplog, caps
 )
 def test_what_the_gallery_would_fail_of_is_refused_at_the_start(tmp_path, overrides, message):
     with pytest.raises(ValueError, match=message):
-        train(tiny(overrides), tmp_path / "run")
+        train(tiny(WHOLE | overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
