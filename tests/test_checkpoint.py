@@ -150,8 +150,12 @@ def test_another_state_is_refused(tmp_path):
 
 def test_donated_and_overwritten_buffers(tmp_path):
     """What save() returned from may be donated, and host arrays overwritten, at once: the copy is already made."""
-    update = jax.jit(lambda state: jax.tree.map(lambda x: x * 1.5 + 1, state), donate_argnums=0)
-    device = {"a": jnp.ones((512, 1024)), "b": jax.device_put(jnp.ones((1024, 512)), sharding("data"))}
+    cut = sharding("data")
+    off = {"a": None, "b": None, "c": cut.with_memory_kind("pinned_host")}  # as an optimizer that is offloaded
+    move = lambda state: jax.tree.map(lambda x: x * 1.5 + 1, jax.device_put(state, jax.memory.Space.Device))
+    update = jax.jit(move, donate_argnums=0, out_shardings=off)
+    device = {"a": jnp.ones((512, 1024)), "b": jax.device_put(jnp.ones((1024, 512)), cut)}
+    device["c"] = jax.device_put(jnp.ones((1024, 256)), off["c"])
     before, device = device, update(device)
     assert before["a"].is_deleted(), "donation does nothing here: the test tests nothing"
     with Checkpoints(tmp_path, keep=20) as checkpoints:
@@ -166,7 +170,9 @@ def test_donated_and_overwritten_buffers(tmp_path):
             jax.block_until_ready(device)
         checkpoints.wait()
         for step, expected in digests.items():
-            assert digest(checkpoints.restore(abstract({**device, "host": host}), step).state) == expected, step
+            restored = checkpoints.restore(abstract({**device, "host": host}), step).state
+            assert digest(restored) == expected, step
+            assert restored["c"].sharding.memory_kind == "pinned_host"
 
 
 def test_keeps_the_newest(tmp_path):

@@ -21,6 +21,7 @@ from dit_video.gallery import write_mp4, write_png
 from dit_video.metrics import read_metrics
 from dit_video.model import block_parameters, make_velocity
 from dit_video.patches import Cond, lay_out, pack
+from dit_video.sharding import HOST
 from dit_video.step import drop_prompts, make_optimizer, make_run, make_schedule
 from dit_video.trainer import MAX_BAD_STEPS, MAY_CHANGE, gallery_requests, train
 
@@ -309,6 +310,19 @@ def test_ten_bad_steps_stop_the_run(tmp_path):
         state = checkpoints.restore().state
     assert int(state["bad_total"]) == 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert [line["bad_total"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10))
+
+
+@pytest.mark.slow
+def test_an_offloaded_run_resumes(tmp_path):
+    """From the host's memory into it, and to the same weights as one that is not offloaded (1e-4, as of any mesh)."""
+    config = lambda offload, steps: tiny(WHOLE | {"optimizer.lr": 1e-3, "optimizer.offload": offload, "steps": steps})
+    train(config(True, 1), tmp_path / "away")
+    away = train(config(True, 3), tmp_path / "away")
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(away.opt_state) if a.ndim} == {HOST}
+    train(config(False, 1), tmp_path / "there")
+    there = train(config(False, 3), tmp_path / "there")
+    assert_close(away.params, there.params, 1e-4)
+    assert digest(train(config(False, 3), tmp_path / "away").params) == digest(away.params)
 
 
 class Poisoned:
