@@ -428,7 +428,7 @@ from dit_video import checkpoint
 
 write_sums = checkpoint._write_sums
 def slowly(path):
-    time.sleep(8)
+    time.sleep(4)
     write_sums(path)
 checkpoint._write_sums = slowly  # as where there is much to hash
 
@@ -453,7 +453,7 @@ print("complete", checkpoints.steps(), flush=True)
 def test_all_processes_wait_for_the_commit_and_none_where_one_fails(tmp_path):
     """With wait=True every process finds the checkpoint complete; a failure leaves at once, whatever is under way."""
     for output in run_two(tmp_path, program=SLOW_TO_COMMIT):
-        assert float(output.split("seconds ")[1].split()[0]) < 4 and "complete [1]" in output
+        assert float(output.split("seconds ")[1].split()[0]) < 3 and "complete [1]" in output
 
 
 @pytest.mark.slow
