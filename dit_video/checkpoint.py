@@ -79,7 +79,7 @@ class Checkpoints:
 
     def __exit__(self, kind, *_):
         if kind is not None and self._pending is not None and jax.process_count() > 1:
-            # The others wait for this process in some collective until it has ended: none is kept waiting for the disk.
+            # The others wait for this process in some collective until it has ended (`launch.fail`), not for the disk.
             logging.error("the save under way is given up: another failure ends the run")
             self._thread.shutdown(wait=False)
         else:

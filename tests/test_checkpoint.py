@@ -415,6 +415,7 @@ def run_two(*arguments, program=ONE_OF_TWO):
 
 
 SLOW_TO_COMMIT = """
+import os
 import sys
 import time
 import jax
@@ -447,6 +448,8 @@ except KeyError:
     print("seconds", time.monotonic() - began)
 multihost_utils.sync_global_devices("left")
 print("complete", checkpoints.steps(), flush=True)
+time.sleep(2 * (process == 0))  # without it the other would be ended too
+os._exit(0)  # as a process that fails does
 """
 
 
