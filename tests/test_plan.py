@@ -104,18 +104,26 @@ PROGRAM = """
 }
 ENTRY %main (a: f32[8,4]) -> f32[2,4] {
   %w = (u32[], bf16[4,8]{1,0}, /*index=2*/f32[3]{0}) while(%t), condition=%cond, body=%body
+  %send = (f32[5,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%g, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[5,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[5,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %one = (f32[8]{0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ONE_TO_ONE"}
   %f = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """  # noqa: E501
 
 
 def test_collectives_as_tpus_write_them():
-    """Started, in loops without a count, within fusions, and groups by the mesh."""
+    """Started, in loops without a count, within fusions, groups by the mesh, and through the hosts of four slices."""
     assert collectives(PROGRAM, [0] * 4 + [1] * 4) == {
         ("all-gather", True): Sent(6, 6 * 64, 6 * 32.0),
         ("collective-permute", False): Sent(6, 6 * 64, 6 * 64.0),
         ("reduce-scatter", False): Sent(1, 32, 96.0),
+        ("all-reduce", True): Sent(1, 5 * 4096, 5 * 4096 * 2 * 3 / 4),
+        ("collective-permute", True): Sent(1, 32, 32.0),
     }
+    with pytest.raises(ValueError, match="a transfer between slices is written in a way that is not known: %recv"):
+        collectives(PROGRAM.replace("ALL_REDUCE", "GOSSIP"))
 
 
 @pytest.fixture(scope="module")
