@@ -238,23 +238,26 @@ def traffic(run: Run, mesh, state) -> float:
     return state + sum(p.bytes(devices, width) for p in products(run, mesh))
 
 
-def exchange(run: Run, mesh, state) -> dict[str, float]:
+def exchange(run: Run, mesh, state, slices: int = 1) -> dict[str, float]:
     """Bytes that each device sends a step, by kind, if nothing is sent twice: to rank meshes without compiling.
 
     Weights are gathered for each pass, in the model's dtype, and their gradients scattered; copies along data are
-    reduced; keys and values go round the ring, twice as many on the way back; activations are reduced along tensor.
+    reduced, within each slice first, then a part by each of its devices between slices, which lie along data; keys and
+    values go round the ring, twice as many on the way back; activations are reduced along tensor.
     """
     m, d, parts = run.model, run.config.data, run.config.optimizer.accumulate
     data, fsdp, tensor, sequence = (mesh.shape.get(a, 1) for a in ("data", "fsdp", "tensor", "sequence"))
     width, weights = m.dtype.itemsize, sum(a.size for a in jax.tree.leaves(state.params)) / tensor
     cut = fsdp * sequence
     tokens = d.rows * d.length / (data * fsdp * sequence)
+    inner, reduced = data // slices, 2 * weights * 4 / cut
     passes, share = (3 if m.remat == "full" else 2) * parts, (cut - 1) / cut
     ring = 2 * (6 if m.remat == "full" else 5) * tokens * m.width / tensor * width * (sequence - 1) * m.depth
     return {
         "all-gather": passes * weights * width * share,
         "reduce-scatter": parts * weights * width * share,
-        "all-reduce": 2 * weights * 4 / cut * (data - 1) / data
+        "between slices": reduced / inner * (slices - 1) / slices,
+        "all-reduce": reduced * (inner - 1) / inner
         + 2 * (2 + passes / parts) * tokens * m.width * width * m.depth * 2 * (tensor - 1) / tensor,
         "collective-permute": ring if m.exchange == "ring" else 0.0,
         "all-to-all": 0.0 if m.exchange == "ring" else 8 * tokens * m.width / tensor * width * m.depth * (sequence > 1),

@@ -69,7 +69,7 @@ def make_mesh(config, devices=None) -> Mesh:
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
         torus = "x".join(str(len(set(along))) for along in zip(*(getattr(d, "coords", ()) for d in devices)))
         raise ValueError(
-            f"{given}: jax cannot lay it out on {slices} slices of {devices[0].device_kind} {torus} ({error}). "
+            f"{given}: jax cannot lay it out on {slices} slice(s) of {devices[0].device_kind} {torus} ({error}). "
             "Give axes that are products of the topology's sides, or take another topology."
         ) from error
     return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))

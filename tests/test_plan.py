@@ -3,8 +3,10 @@
 B rows, N patches per row, D model width.
 """
 
+import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -12,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from test_sharding import pod
 
-from configs import base, dit, scale
+from configs import base, dit, scale, wan
 from dit_video import estimate, planning
 from dit_video.chips import CHIPS
 from dit_video.program import Sent, collectives
-from dit_video.sharding import AXES, make_mesh
+from dit_video.sharding import AXES, check_layout, make_mesh
 from dit_video.step import make_run
 from dit_video.trainer import trace_step
 
@@ -149,11 +152,108 @@ def test_a_mesh_that_does_not_fit_gets_others(planned):
     run, mesh = make(config)
     state = jax.eval_shape(run.init, jax.random.key(0))
     limit = sum(estimate.memory(run, mesh, state).values()) / 2
-    found = planning.suggest(config, 8, limit, CHIPS["v5e"])
+    found = planning.suggest(config, jax.devices(), limit, CHIPS["v5e"])
     assert found and all(needed <= limit for _, _, needed, _ in found)
     assert all(sizes["data"] < 8 for sizes, *_ in found)
     assert [seconds for *_, seconds in found] == sorted(seconds for *_, seconds in found)
-    assert planning.suggest(config, 8, 1e3, CHIPS["v5e"]) == ()
+    assert planning.suggest(config, jax.devices(), 1e3, CHIPS["v5e"]) == ()
+
+
+def pasted(text):
+    """The flags of each line that has some, as {key: value}."""
+    value = lambda text: int(text) if text.isdecimal() else text
+    lines = [re.findall(r"--config\.([\w.]+)=(\S+)", line) for line in text.splitlines()]
+    return [{key: value(given) for key, given in line} for line in lines if line]
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows"),
+    [
+        (pod("TPU v5", 4, 8, 8), 512),
+        (pod("TPU v5", 4, 4, 28), 448),
+        (pod("TPU v5 lite", 4, 4, 1, slices=2), 32),
+        (pod("TPU v5 lite", 4, 4, 1, slices=2), 8),
+        (pod("TPU7x", 2, 2, 4, cores=2), 64),
+    ],
+    ids=lambda value: value if isinstance(value, int) else f"{value[0].device_kind} {len(value)}",
+)
+def test_suggestions_can_be_pasted(planned, devices, rows):
+    """Each one's flags, beside a config with other axes and shards, give a mesh of the devices that `train` takes."""
+    config = config_of(data__rows=rows, data__shards=4, mesh__fsdp=2, mesh__sequence=4, mesh__tensor=2)
+    run = make_run(config)
+    state, alone = jax.eval_shape(run.init, jax.random.key(0)), jax.sharding.AbstractMesh((1, 1, 1, 1), AXES)
+    limit = sum(estimate.memory(run, alone, state).values()) / 8
+    found = planning.suggest(config, devices, limit, CHIPS["v5e"])
+    shown = pasted(planning.text(dataclasses.replace(planned, failure="too large", suggestions=found), 1e12))
+    assert found and len(shown) == len(found)
+    for flags, (sizes, _, needed, _) in zip(shown, found, strict=True):
+        assert {f"mesh.{axis}" for axis in AXES} <= set(flags)
+        given = config.copy_and_resolve_references()
+        given.update_from_flattened_dict(flags)
+        mesh = make_mesh(given.mesh, devices)
+        check_layout(given, mesh)
+        planning.check_shares(given, mesh)
+        memory = sum(estimate.memory(make_run(given), mesh, state).values())
+        assert dict(mesh.shape) == sizes and memory == needed <= planning.ROOM * limit
+
+
+def test_suggestions_count_all_devices_of_a_chip():
+    """Two on a chip share its FLOPs, its memory's bandwidth and its links: what they do takes twice as long."""
+    config, devices = config_of(), pod("TPU7x", 2, 2, 1, cores=2)
+    one, two = (planning.suggest(config, devices, 1e12, CHIPS["tpu7x"], per_chip) for per_chip in (1, 2))
+    assert [2 * seconds for *_, seconds in one] == [seconds for *_, seconds in two]
+
+
+def test_slices_share_a_network():
+    """Of data alone, within a slice each device reduces the whole gradient; between slices its part of it."""
+    run = make_run(config_of())
+    state, mesh = jax.eval_shape(run.init, jax.random.key(0)), jax.sharding.AbstractMesh((8, 1, 1, 1), AXES)
+    size = 4 * sum(a.size for a in jax.tree.leaves(state.params))
+    for slices, within, between in ((1, 7 / 8, 0), (2, 3 / 4, 1 / 2 / 4), (8, 0, 7 / 8)):
+        sent = estimate.exchange(run, mesh, state, slices)
+        assert sent["all-reduce"] == pytest.approx(2 * size * within)
+        assert sent["between slices"] == pytest.approx(2 * size * between)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.shards": 3}, "data.rows=8 must be a multiple of data.shards=3"),
+        ({"data.shards": 8, "data.workers": 9}, "data.workers=9 is more than the 8 shards"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+    ],
+)
+def test_what_train_refuses_is_not_planned(changes, message):
+    with pytest.raises(ValueError, match=message):
+        planning.plan(config_of(**changes), "cpu:8")
+
+
+def test_a_pods_processes_divide_the_shards():
+    """Of the two plans' own configs they do; of fewer shards than processes that read rows of their own, not."""
+    for form, shape, processes in (("wan-14B", (4, 8, 8), 16), ("30B", (8, 8, 16), 16)):
+        config = scale.get_config(form)
+        mesh = make_mesh(config.mesh, pod("TPU v5", *shape))
+        planning.check_shares(config, mesh)
+        config.data.shards = 4
+        with pytest.raises(
+            ValueError, match=f"data.shards=4 must be a multiple of the number of processes={processes}"
+        ):
+            planning.check_shares(config, mesh)
+
+
+def test_wan_is_planned_without_embeddings():
+    planned = planning.plan(config_of(wan.get_config("TI2V-5B"), mesh__fsdp=8, model__depth=1), "cpu:8")
+    assert planned.fits and planned.step_flops == planned.walked_flops
+
+
+def test_a_chip_is_not_judged_by_the_hosts_program(planned):
+    """The compiled figures stand there, and the estimate decides, both ways."""
+    needed = sum(planned.memory.values())
+    for memory, fits in ((1.1 * needed, True), (0.9 * needed, False)):
+        chip = dataclasses.replace(CHIPS["h100"], memory=memory)
+        shown = planning.text(dataclasses.replace(planned, chip=chip), 1e12)
+        assert ("Fits, by the estimate: 91%" if fits else "DOES NOT FIT, by the estimate: 111%") in shown
+        assert "compiled for the host: total" in shown and "its figures do not count, the estimate does" in shown
 
 
 OF_FOUR = {"model.width": 1024, "model.depth": 24, "model.heads": 16, "model.mlp_width": 4096, "text.width": 1024}
@@ -228,13 +328,22 @@ def test_the_command_needs_no_libtpu(tmp_path):
         "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a)"
     )
     overrides = [f"--config.{k}={v}" for k, v in SMALL.items()]
-    command = ["--config=configs/base.py", "--topology=v5e:2x2", f"--html={tmp_path / 'p.html'}", *overrides]
+    command = ["--config=configs/base.py", "--topology=v5e:2x2", f"--html={tmp_path / 'new' / 'p.html'}", *overrides]
     code = f"{hide}; import sys; sys.argv = ['plan', *{command!r}]; from dit_video import plan; plan.run()"
     env = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "libtpu is not installed" in done.stdout and "model FLOP utilisation" in done.stdout
-    assert "<table>" in (tmp_path / "p.html").read_text()
+    assert "The host's compiler is not that of v5e" in done.stdout and "Fits, by the estimate" in done.stdout
+    assert "<table>" in (tmp_path / "new" / "p.html").read_text()
+
+
+@pytest.mark.parametrize("page", ["file/p.html", ""])
+def test_a_page_that_cannot_be_written_is_refused_at_once(tmp_path, page):
+    (tmp_path / "file").touch()
+    command = ["--config=configs/base.py", "--topology=cpu:4", f"--html={tmp_path / page}"]
+    done = subprocess.run([sys.executable, "-m", "dit_video.plan", *command], capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"\w+Error: .*\n", done.stderr) and not done.stdout
 
 
 needs_libtpu = pytest.mark.skipif(

@@ -4,11 +4,13 @@ B rows of the global batch, one for each of eight devices.
 """
 
 import dataclasses
+import itertools
 import types
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_trainer import Tiny, assert_close, awake, first_batches, tiny
@@ -18,6 +20,29 @@ from dit_video.flow import named_key
 from dit_video.patches import Cond
 from dit_video.sharding import HOST, ROWS, global_batch, make_mesh, require_host_memory, state_shardings
 from dit_video.step import abstract_batch, make_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device that is not there."""
+
+    id: int
+    device_kind: str
+    coords: tuple[int, int, int]
+    slice_index: int
+    process_index: int
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+
+def pod(kind, *shape, slices=1, cores=1):
+    """The devices of slices of chips x, y, z, with a host for every 2x2 of them."""
+    x, y, z = shape
+    hosts = (x // 2) * (y // 2) * z
+    places = itertools.product(range(slices), range(z), range(y), range(x), range(cores))
+    host = lambda s, k, j, i: s * hosts + (k * (y // 2) + j // 2) * (x // 2) + i // 2
+    return [Chip(n, kind, (i, j, k), s, host(s, k, j, i), core) for n, (s, k, j, i, core) in enumerate(places)]
+
 
 FOUR_HEADS = {"data.rows": 8, "model.heads": 4, "optimizer.kind": "adamw", "optimizer.warmup": 0}
 FOUR_HEADS |= {"flow.causal_share": 0.4, "model.window": 2}  # causal clips beside others, across the cuts of a row too
@@ -152,6 +177,41 @@ def test_every_parameter_has_a_rule():
     state_shardings({"dit": jax.eval_shape(run.model.init, key, batch.patches, cond)["params"]}, mesh)
     with pytest.raises(ValueError, match="parameter 'adapter' .* has no rule"):
         state_shardings({"dit": {"adapter": jnp.zeros((2, 2))}}, mesh)
+
+
+@pytest.mark.parametrize(
+    ("devices", "layout"),
+    [
+        (pod("TPU v5", 4, 8, 8), (1, 16, 1, 16)),
+        (pod("TPU v5", 4, 8, 8), (2, 128, 1, 1)),
+        (pod("TPU v5", 4, 8, 8), (1, 128, 2, 1)),
+        (pod("TPU v5", 4, 4, 4), (8, 8, 1, 1)),
+        (pod("TPU v5", 4, 4, 4), (2, 32, 1, 1)),
+        (pod("TPU v6 lite", 8, 8, 1), (2, 4, 4, 2)),
+        (pod("TPU v5 lite", 4, 4, 1, slices=2), (2, 8, 1, 2)),
+        (pod("TPU v5", 4, 4, 8, slices=4), (8, 8, 1, 8)),
+        (pod("TPU7x", 2, 4, 4, cores=2), (2, 2, 2, 8)),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else value[0].device_kind,
+)
+def test_meshes_split_the_sides_of_a_torus(devices, layout):
+    """Every device has one place; a slice has whole places along data, and along an axis lies no more than a box."""
+    mesh = make_mesh(mesh_config(*layout), devices)
+    assert mesh.devices.shape == layout and set(mesh.devices.flat) == set(devices)
+    slices = len({device.slice_index for device in devices})
+    for s, part in enumerate(np.split(mesh.devices, slices)):
+        assert {device.slice_index for device in part.flat} == {s}
+    for axis, size in enumerate(layout):
+        line = np.moveaxis(mesh.devices, axis, 0)[:, 0, 0, 0]
+        places = [{(d.slice_index, *d.coords, d.core_on_chip)[i] for d in line} for i in range(5)]
+        assert np.prod([len(along) for along in places]) == size
+
+
+def test_a_torus_with_a_hole_is_refused():
+    with pytest.raises(ValueError, match=r"mesh.fsdp=3 .*: jax cannot lay it out on 1 slice\(s\) of TPU v5 2x2x1 "):
+        make_mesh(mesh_config(1, 3), pod("TPU v5", 2, 2, 1)[:3])
+    with pytest.raises(ValueError, match="mesh.data=1 must be a multiple of the 2 slices"):
+        make_mesh(mesh_config(1, 8), pod("TPU v5", 2, 2, 1, slices=2))
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(8, 2), (3, 1), (-1, 3), (-1, 0)])
