@@ -242,7 +242,9 @@ def test_a_pods_processes_divide_the_shards():
 
 
 def test_wan_is_planned_without_embeddings():
-    planned = planning.plan(config_of(wan.get_config("TI2V-5B"), mesh__fsdp=8, model__depth=1), "cpu:8")
+    """Its text encoder's files need not be here."""
+    config = config_of(wan.get_config("TI2V-5B"), model__depth=1, data__rows=1, data__shards=1)
+    planned = planning.plan(config, "cpu:1")
     assert planned.fits and planned.step_flops == planned.walked_flops
 
 
