@@ -361,6 +361,9 @@ def test_a_plan_for_tpus(slices):
     assert planned.compiled_for == "tpu" and planned.fits and planned.topology.chips == 4 * slices
     assert {far for _, far in planned.sent} == ({False} if slices == 1 else {False, True})
     assert planned.times["network"] == 0 if slices == 1 else planned.times["network"] > 0
+    # Between slices goes each device's part of the gradient, once, in tiles that are a little larger.
+    between = sum(sent.bytes for (_, far), sent in planned.sent.items() if far)
+    assert between == pytest.approx(planned.memory["gradients"] * (slices - 1), rel=0.1)
 
 
 @needs_libtpu

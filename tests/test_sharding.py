@@ -87,20 +87,25 @@ slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)  # each is a pr
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "changes"),
     [
-        slow((8,)),
-        slow((1, 8)),
-        slow((4, 2)),
-        (2, 2, 2),
-        (2, 1, 1, 4, "ring"),
-        slow((2, 1, 1, 4, "all_to_all")),
-        slow((1, 2, 2, 2, "ring")),
+        slow((8,), {}),
+        slow((1, 8), {}),
+        slow((4, 2), {}),
+        ((2, 2, 2), {}),
+        ((2, 1, 1, 4, "ring"), {}),
+        slow((2, 1, 1, 4, "all_to_all"), {}),
+        slow((1, 2, 2, 2, "ring"), {}),
+        slow((2, 1, 1, 4, "ring"), {"model.remat": "dots", "optimizer.accumulate": 2}),
+        slow((1, 2, 2, 2, "all_to_all"), {"model.remat": "full"}),
     ],
 )
-def test_any_mesh_gives_the_same_steps(alone, two_steps, layout):
-    """Losses, by level too, gradients and the weights after two steps (1e-5); rows of several clips with their text."""
-    config = tiny(FOUR_HEADS)
+def test_any_mesh_gives_the_same_steps(alone, two_steps, layout, changes):
+    """Losses, by level too, gradients and the weights after two steps (1e-5); rows of several clips with their text.
+
+    Also of rows in parts, and of what the backward pass computes again.
+    """
+    config = tiny(FOUR_HEADS | changes)
     config.mesh = mesh_config(*layout)
     mesh = make_mesh(config.mesh)
     run, (data, fsdp, tensor, sequence) = make_run(config, mesh), mesh.devices.shape
@@ -153,7 +158,10 @@ def test_pmap_and_shard_map_give_the_sums_of_jit(alone, how):
 
 @pytest.mark.parametrize("kind", [slow("adamw"), "muon"])
 def test_a_state_is_made_in_its_shardings(kind):
-    """The program that makes it holds a device's share alone: no device, and no host, ever has the whole model."""
+    """The program that makes it leaves a device's share, and on the way holds less than the largest matrix beside it.
+
+    No device, and no host, ever has the whole model: an eighth of the matrices, and vectors, which are copied.
+    """
     config = tiny(FOUR_HEADS | {"optimizer.kind": kind, "optimizer.offload": True, "model.width": 128})
     config.mesh = mesh_config(1, 2, 2, 2)
     mesh = make_mesh(config.mesh)
@@ -162,7 +170,9 @@ def test_a_state_is_made_in_its_shardings(kind):
     shardings = state_shardings(abstract, mesh, config.optimizer.offload)
     made = jax.jit(run.init, out_shardings=shardings).lower(key).compile().memory_analysis()
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    assert made.output_size_in_bytes + made.temp_size_in_bytes < 0.5 * whole
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    assert whole / 8 < made.output_size_in_bytes < 1.1 * whole / 8
+    assert made.temp_size_in_bytes < largest / 2
 
 
 def test_every_parameter_has_a_rule():
