@@ -1,10 +1,12 @@
 """The files of experiments/launch: their own commands suit the machines that they name, and two of them run here."""
 
+import contextlib
 import importlib
 import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -98,7 +100,15 @@ def test_a_script_runs(tmp_path, name):
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)
     start = ["sh", LAUNCH / name, "2"] if name == "local.sh" else ["bash", LAUNCH / name]
-    done = subprocess.run([*start, *flags], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished: 3 steps") == 1
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        script = subprocess.Popen(
+            [*start, *flags], env=env, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        assert script.wait(1800) == 0, log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
+    assert log.read_text().count("finished: 3 steps") == 1
     assert len(json.loads((tmp_path / "run" / "versions.json").read_text())["devices"]) == 2
