@@ -107,6 +107,8 @@ def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
     asked, notes = parse_topology(topology, slices), []
     devices, compiled_for = _devices(asked, notes)
     mesh = make_mesh(config.mesh, devices)
+    if mesh.shape["data"] % slices:  # devices of the host have none, and make_mesh does not ask
+        raise ValueError(f"mesh.data={mesh.shape['data']} must be a multiple of the {slices} slices there are.")
     check_shares(config, mesh)
     with _without_embeddings(config) as config:
         run = make_run(config, mesh)
@@ -147,7 +149,8 @@ def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
         )
         if planned.fits:
             return planned
-        return dataclasses.replace(planned, suggestions=suggest(config, devices, planned.limit, chip, per_chip))
+        found = suggest(config, devices, planned.limit, chip, slices, per_chip)
+        return dataclasses.replace(planned, suggestions=found)
 
 
 def check_shares(config, mesh) -> None:
@@ -219,10 +222,10 @@ def _compile(traced, platform: str, quick: bool, slice_of):
     return parts | {"total": sum(parts.values())}, "", collectives(compiled.as_text(), slice_of)
 
 
-def suggest(config, devices: list, limit: float | None, chip: Chip | None, per_chip: int = 1, most: int = 5) -> tuple:
-    """Meshes that fit by the estimate, soonest first; if none does, also with remat='full', then with fewer rows.
+def suggest(config, devices: list, limit: float | None, chip: Chip | None, slices: int = 1, per_chip: int = 1) -> tuple:
+    """The five soonest meshes that fit by the estimate; if none does, also with remat='full', then with fewer rows.
 
-    limit: bytes of a device. Each can be laid out on the devices, and `train` takes it.
+    limit: bytes of a device; per_chip: devices of a chip. Each can be laid out on the devices, and `train` takes it.
     """
     changes = [{}]
     if config.model.remat != "full":
@@ -231,7 +234,7 @@ def suggest(config, devices: list, limit: float | None, chip: Chip | None, per_c
     while rows % 2 == 0 and len(changes) < 5:
         rows //= 2
         changes.append({"model.remat": "full", "data.rows": rows})
-    state, slices = None, len({getattr(device, "slice_index", 0) for device in devices})
+    state = None
     for change in changes:
         changed = ml_collections.ConfigDict(config.to_dict())
         changed.update_from_flattened_dict(change)
@@ -247,7 +250,7 @@ def suggest(config, devices: list, limit: float | None, chip: Chip | None, per_c
             for sizes, needed, seconds in sorted(fit, key=lambda one: one[2])
             if (shards := _shards(changed, sizes, devices)) is not None
         )
-        if found := tuple(itertools.islice(made, most)):
+        if found := tuple(itertools.islice(made, 5)):
             return found
     return ()
 

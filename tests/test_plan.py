@@ -183,7 +183,7 @@ def test_suggestions_can_be_pasted(planned, devices, rows):
     run = make_run(config)
     state, alone = jax.eval_shape(run.init, jax.random.key(0)), jax.sharding.AbstractMesh((1, 1, 1, 1), AXES)
     limit = sum(estimate.memory(run, alone, state).values()) / 8
-    found = planning.suggest(config, devices, limit, CHIPS["v5e"])
+    found = planning.suggest(config, devices, limit, CHIPS["v5e"], len({device.slice_index for device in devices}))
     shown = pasted(planning.text(dataclasses.replace(planned, failure="too large", suggestions=found), 1e12))
     assert found and len(shown) == len(found)
     for flags, (sizes, _, needed, _) in zip(shown, found, strict=True):
@@ -200,7 +200,7 @@ def test_suggestions_can_be_pasted(planned, devices, rows):
 def test_suggestions_count_all_devices_of_a_chip():
     """Two on a chip share its FLOPs, its memory's bandwidth and its links: what they do takes twice as long."""
     config, devices = config_of(), pod("TPU7x", 2, 2, 1, cores=2)
-    one, two = (planning.suggest(config, devices, 1e12, CHIPS["tpu7x"], per_chip) for per_chip in (1, 2))
+    one, two = (planning.suggest(config, devices, 1e12, CHIPS["tpu7x"], 1, per_chip) for per_chip in (1, 2))
     assert [2 * seconds for *_, seconds in one] == [seconds for *_, seconds in two]
 
 
@@ -226,6 +226,12 @@ def test_slices_share_a_network():
 def test_what_train_refuses_is_not_planned(changes, message):
     with pytest.raises(ValueError, match=message):
         planning.plan(config_of(**changes), "cpu:8")
+
+
+def test_slices_divide_data():
+    """With libtpu, and on devices of the host, which have no slices."""
+    with pytest.raises(ValueError, match="mesh.data=1 must be a multiple of the 2 slices"):
+        planning.plan(config_of(mesh__fsdp=8), "v5e:2x2", slices=2)
 
 
 def test_a_pods_processes_divide_the_shards():
