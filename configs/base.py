@@ -143,7 +143,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.muon_lr = 0.02  # peak learning rate of Muon's matrices
     optimizer.accumulate = 1  # parts that a batch's rows are split in, one after the other: activations of one alone
     # The optimizer's state in the host's memory between updates: while gradients are computed, accelerators hold 8
-    # bytes of a parameter less with AdamW, 4 with Muon; each step moves them there and back. No effect on a CPU.
+    # bytes of a parameter less with AdamW, 4 with Muon; each step moves them there and back. No gain on a CPU.
     optimizer.offload = False
     optimizer.ema = 0.999  # decay of the averaged weights, per step
 

@@ -23,6 +23,7 @@ def get_config(form="wan-14B"):
     config.name, d, m = f"scale-{form}", config.data, config.model
     m.depth, m.width, m.heads, m.mlp_width, d.max_tokens, d.length, d.rows, sequence = SIZES[form]
     d.kind, d.text_length, d.groups = "clips", 512, 96
+    d.shards = d.rows  # any number of processes that shares the rows out divides it
     config.codec.kind, config.codec.stride, config.codec.channels = "latents", (4, 8, 8), 16
     config.text.kind, config.text.width = "embeddings", 4096
     m.patch, m.pos_scale = (1, 2, 2), (4.0, 1 / 16, 1 / 16)

@@ -10,13 +10,15 @@ A checkpoint is a directory named by its step. Orbax writes the arrays, we write
 SHA256SUMS comes last and in one piece, so it is the commit: a directory without it is what a killed run left, which
 no reader sees and the next save removes. A checkpoint is deleted in the opposite order, SHA256SUMS first.
 
-With several processes all of them make every call, on a directory that all can see; the first one verifies, and
-writes everything but the others' shards (`extra` is the first one's).
+With several processes all of them make every call, on a directory that all can see; the first one verifies, hashes,
+and writes everything but the others' shards (`extra` is the first one's). A save is complete on none of them before
+the first one has committed it.
 """
 
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -30,6 +32,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 SUMS = "SHA256SUMS"
+PATIENCE = 3600  # seconds that the others wait while the first process hashes; a dead one is noticed long before
+_BARRIERS = itertools.count()  # a barrier's name serves once; all processes save in the same order
 
 
 class CheckpointError(RuntimeError):
@@ -73,8 +77,13 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc_info):
-        self.close()
+    def __exit__(self, kind, *_):
+        if kind is not None and self._pending is not None and jax.process_count() > 1:
+            # The others wait for this process in some collective until it has ended (`launch.fail`), not for the disk.
+            logging.error("the save under way is given up: another failure ends the run")
+            self._thread.shutdown(wait=False)
+        else:
+            self.close()
 
     def steps(self):
         """The steps of all complete checkpoints, oldest first. Complete, not yet verified."""
@@ -123,7 +132,7 @@ class Checkpoints:
             self._orbax.save(path / "state", args=ocp.args.PyTreeSave(state))  # begins with a barrier
         except OSError as error:
             raise CheckpointError(f"checkpoint {path} could not be begun: {error}") from error
-        self._pending = self._thread.submit(self._finish, step, texts)
+        self._pending = self._thread.submit(self._finish, step, texts, next(_BARRIERS))
         if wait:
             self.wait()
 
@@ -182,9 +191,9 @@ class Checkpoints:
                 logging.warning("removing %s, which was never completed", path)
                 _remove(path)
 
-    def _finish(self, step, texts):
+    def _finish(self, step, texts, barrier):
         """The rest of a save, in the background: waits for orbax, adds our files, commits, removes what is old."""
-        path = self._path(step)
+        path, wait_for_all = self._path(step), ocp.multihost.get_barrier_sync_fn()
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
@@ -195,6 +204,7 @@ class Checkpoints:
                 for other in (*outdated, *self._damaged):
                     _remove(self._path(other))
                 self._damaged = frozenset()
+            wait_for_all(key=f"{path} {barrier}", timeout_ms=1000 * PATIENCE)
             self._step = step
         except Exception as error:
             if jax.process_index() == 0:

@@ -182,18 +182,16 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     keeps; one layer's in the model's dtype; and all layers' q, k, v and o once more, cut, in the layout of the loop.
     The working set is what one layer's backward pass holds, with attention's logits: those of a block of queries and,
     in the model's dtype, their gradient; where all queries are taken at once, those of the forward pass too.
+
+    An optimizer that is offloaded comes for the update alone, when activations, gathered weights and the working set
+    are gone: it counts as far as it is more than these.
     """
     m, d, parts = run.model, run.config.data, run.config.optimizer.accumulate
     size = lambda name: mesh.shape.get(name, 1)
     rows = d.rows / parts / (size("data") * size("fsdp"))
     N, S, T = rows * d.length / size("sequence"), rows * d.text_length, size("tensor")
     D, F, H, width = m.width, m.mlp_width, m.heads / T, m.dtype.itemsize
-    batch = abstract_batch(run.config, run.model, run.text)
-    shards = state_shardings(state, mesh)
-    held = lambda tree, shardings: sum(
-        math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize
-        for a, s in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-    )
+    batch, held = abstract_batch(run.config, run.model, run.text), _state_bytes(run, mesh, state)
     blocks = block_parameters(m).values()
     layer = sum(math.prod(shape) for _, shape, _ in blocks) / m.depth
     cross = m.text == "cross"
@@ -206,7 +204,6 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
         # Thirty of the fifty as fifteen in float32; and each layer's weights as they were gathered.
         "none": (N * (50 * D + 6 * F / T) + layer / T) * width,
     }[m.remat]
-    gradients = held(state.params, shards.params)
     keys = keys_per_query(m, d.length, mesh)
     keys = min(keys, d.length // size("sequence")) if m.exchange == "ring" else keys
     here = d.length // size("sequence")
@@ -218,43 +215,56 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     gathered = (outside * 4 + layer * width / T + square * 4 / T / cut) * (cut > 1)
     arrays = WHOLE + (OF_HEADS + OF_RING * (m.exchange == "ring" and size("sequence") > 1)) / T
     working = (arrays * N * D + OF_MLP * N * F / T) * width + logits
+    passing = {"activations": int(kept * m.depth), "gathered weights": int(gathered), "working set": int(working)}
+    if run.config.optimizer.offload:
+        held["optimizer"] = max(held["optimizer"] - sum(passing.values()), 0)
+    return held | passing | {"batch": _shard_bytes(batch, batch_shardings(batch, mesh))}
+
+
+def _state_bytes(run: Run, mesh, state) -> dict[str, int]:
+    """Bytes of each device's share of the state and of its gradients, wherever they lie."""
+    shards = state_shardings(state, mesh)
+    parameters = _shard_bytes(state.params, shards.params)
     return {
-        "parameters": held(state.params, shards.params),
-        "average": held(state.ema, shards.ema),
-        "optimizer": held(state.opt_state, shards.opt_state),
-        "gradients": gradients * (2 if parts > 1 else 1),
-        "activations": int(kept * m.depth),
-        "gathered weights": int(gathered),
-        "working set": int(working),
-        "batch": held(batch, batch_shardings(batch, mesh)),
+        "parameters": parameters,
+        "average": _shard_bytes(state.ema, shards.ema),
+        "optimizer": _shard_bytes(state.opt_state, shards.opt_state),
+        "gradients": parameters * (2 if run.config.optimizer.accumulate > 1 else 1),
     }
+
+
+def _shard_bytes(tree, shardings) -> int:
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize for a, s in pairs)
 
 
 def traffic(run: Run, mesh, state) -> float:
     """Bytes that each device reads and writes in its own memory a step: the products' and the state's."""
     devices, width = math.prod(mesh.shape.values()), run.model.dtype.itemsize
-    held = memory(run, mesh, state)
-    state = 2 * sum(held[kind] for kind in ("parameters", "average", "optimizer", "gradients"))
+    state = 2 * sum(_state_bytes(run, mesh, state).values())
     return state + sum(p.bytes(devices, width) for p in products(run, mesh))
 
 
-def exchange(run: Run, mesh, state) -> dict[str, float]:
+def exchange(run: Run, mesh, state, slices: int = 1) -> dict[str, float]:
     """Bytes that each device sends a step, by kind, if nothing is sent twice: to rank meshes without compiling.
 
     Weights are gathered for each pass, in the model's dtype, and their gradients scattered; copies along data are
-    reduced; keys and values go round the ring, twice as many on the way back; activations are reduced along tensor.
+    reduced, within each slice first, then a part by each of its devices between slices, which lie along data; keys and
+    values go round the ring, twice as many on the way back; activations are reduced along tensor.
     """
     m, d, parts = run.model, run.config.data, run.config.optimizer.accumulate
     data, fsdp, tensor, sequence = (mesh.shape.get(a, 1) for a in ("data", "fsdp", "tensor", "sequence"))
     width, weights = m.dtype.itemsize, sum(a.size for a in jax.tree.leaves(state.params)) / tensor
     cut = fsdp * sequence
     tokens = d.rows * d.length / (data * fsdp * sequence)
+    inner, reduced = data // slices, 2 * weights * 4 / cut
     passes, share = (3 if m.remat == "full" else 2) * parts, (cut - 1) / cut
     ring = 2 * (6 if m.remat == "full" else 5) * tokens * m.width / tensor * width * (sequence - 1) * m.depth
     return {
         "all-gather": passes * weights * width * share,
         "reduce-scatter": parts * weights * width * share,
-        "all-reduce": 2 * weights * 4 / cut * (data - 1) / data
+        "between slices": reduced / inner * (slices - 1) / slices,
+        "all-reduce": reduced * (inner - 1) / inner
         + 2 * (2 + passes / parts) * tokens * m.width * width * m.depth * 2 * (tensor - 1) / tensor,
         "collective-permute": ring if m.exchange == "ring" else 0.0,
         "all-to-all": 0.0 if m.exchange == "ring" else 8 * tokens * m.width / tensor * width * m.depth * (sequence > 1),

@@ -212,9 +212,11 @@ def guidance_of(request: Request, how) -> float:
 
 
 def _placed(trained: Trained, mesh) -> Trained:
-    """The weights on every device, once: a roll-out asks for them again and again."""
+    """The weights on every device, once: a roll-out asks for them again and again. Those cut along the mesh stay so."""
     everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return dataclasses.replace(trained, params=jax.device_put(trained.params, everywhere))
+    lies_there = lambda w: mesh is not None and getattr(getattr(w, "sharding", None), "mesh", None) == mesh
+    place = lambda w: w if lies_there(w) else jax.device_put(w, everywhere)
+    return dataclasses.replace(trained, params=jax.tree.map(place, trained.params))
 
 
 def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):

@@ -9,6 +9,7 @@ import jax
 from absl import logging
 
 HEARTBEAT = 15  # seconds without a sign of life after which a process counts as dead, and all others end
+PATIENCE = 3600  # seconds that processes which are done wait for the first, which may be sampling the last gallery
 
 
 def prepare() -> None:
@@ -33,7 +34,8 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     if not missing and not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id={process_id} must lie in 0 to {num_processes - 1} (--num_processes).")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT)
+        limits = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": PATIENCE}
+        jax.distributed.initialize(coordinator, num_processes, process_id, **limits)
     except ValueError as error:
         if not missing or "coordinator_address" not in str(error):
             raise

@@ -3,7 +3,7 @@
 What a run will need and do on a pod, before it is rented: memory by kind, what is sent, step time and how many days.
 Compiles the very step of `train` for it ahead of time, with nothing allocated; needs libtpu for TPUs (pip install
 '.[plan]'). Without it, and for GPUs, the step is compiled for as many devices of the host instead; cpu:8 asks for that.
-Writes an HTML page too. Exit code 1 if the step does not fit.
+The estimate then says whether it fits. Writes an HTML page too. Exit code 1 if the step does not fit.
 """
 
 import functools
@@ -32,15 +32,20 @@ def main(_):
     from dit_video import launch, planning
 
     launch.prepare()
+    page = HTML.value and pathlib.Path(HTML.value)
     try:
+        if page:
+            page.parent.mkdir(parents=True, exist_ok=True)  # now, not after minutes of compiling
+            if page.is_dir():
+                raise ValueError(f"--html={page} is a folder: name a file.")
         jax.config.update("jax_num_cpu_devices", planning.parse_topology(TOPOLOGY.value, SLICES.value).chips)
         planned = planning.plan(CONFIG.value, TOPOLOGY.value, SLICES.value, QUICK.value)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(planning.text(planned, TOKENS.value))
-    if HTML.value:
-        pathlib.Path(HTML.value).write_text(planning.page(planned, TOKENS.value))
-        print(f"\n{HTML.value}")
+    if page:
+        page.write_text(planning.page(planned, TOKENS.value))
+        print(f"\n{page}")
     sys.exit(0 if planned.fits else 1)
 
 

@@ -1,22 +1,28 @@
 """A run's plan for a pod that is not there: see `plan`, and the command `python -m dit_video.plan`."""
 
+import contextlib
 import dataclasses
 import html
 import importlib.util
+import itertools
 import math
 import os
+import tempfile
 
 import jax
 import ml_collections
 import numpy as np
 from jax.experimental import topologies
+from safetensors.numpy import save_file
 
 from dit_video import estimate
 from dit_video.chips import CHIPS, Chip
+from dit_video.data.loader import make_loader
 from dit_video.program import Sent, collectives
-from dit_video.sharding import AXES, check_layout, make_mesh
+from dit_video.sharding import AXES, check_layout, make_mesh, row_share
 from dit_video.step import make_run
-from dit_video.trainer import trace_step
+from dit_video.text import embeddings
+from dit_video.trainer import check_config, trace_step
 
 GIB = 2**30
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -47,7 +53,8 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
 class Plan:
     """All that `text` and `page` show. Bytes and FLOPs are of one device, except step_flops and model_flops.
 
-    compiled: the compiled step's own figures, or None where it did not compile (`failure` says why).
+    compiled: the compiled step's own figures, or None where it did not compile (`failure` says why). Where it was
+    compiled for devices of the host in a chip's place they are not that chip's, and the estimate says whether it fits.
     suggestions: (mesh axes, what else to change, bytes, seconds) of what would fit, soonest first.
     """
 
@@ -75,8 +82,13 @@ class Plan:
         return self.chip and self.chip.memory / self.devices_per_chip
 
     @property
+    def of_chip(self) -> bool:
+        """Whether the program is that of the chip's own compiler."""
+        return self.compiled_for == "tpu" or self.chip is None
+
+    @property
     def needed(self) -> int:
-        return self.compiled["total"] if self.compiled else sum(self.memory.values())
+        return self.compiled["total"] if self.compiled and self.of_chip else sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -91,48 +103,80 @@ def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
     """
     if config.lora.rank:
         raise ValueError(f"lora.rank={config.lora.rank}: plans are of runs that train all weights. Give 0.")
+    check_config(config)
     asked, notes = parse_topology(topology, slices), []
     devices, compiled_for = _devices(asked, notes)
     mesh = make_mesh(config.mesh, devices)
-    run = make_run(config, mesh)
-    traced = trace_step(run, mesh)
-    state = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
-    slice_of = [getattr(d, "slice_index", 0) for d in mesh.devices.flat]
-    compiled, failure, sent = _compile(traced, compiled_for, quick, np.array(slice_of))
+    if mesh.shape["data"] % slices:  # devices of the host have none, and make_mesh does not ask
+        raise ValueError(f"mesh.data={mesh.shape['data']} must be a multiple of the {slices} slices there are.")
+    check_shares(config, mesh)
+    with _without_embeddings(config) as config:
+        run = make_run(config, mesh)
+        traced = trace_step(run, mesh)
+        state = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
+        slice_of = [getattr(d, "slice_index", 0) for d in mesh.devices.flat]
+        compiled, failure, sent = _compile(traced, compiled_for, quick, np.array(slice_of))
 
-    chip, per_chip = CHIPS.get(asked.kind), len(devices) // asked.chips
-    flops = sum(p.flops for p in estimate.products(run, mesh))
-    times = None
-    if chip:
-        if failure:
-            notes.append("The step did not compile: what it sends is the estimate's.")
-            within, between = sum(estimate.exchange(run, mesh, state).values()), 0.0
-        else:
-            within, between = (sum(s.sent for (_, far), s in sent.items() if far == which) for which in (False, True))
-        traffic = estimate.traffic(run, mesh, state)
-        times = estimate.roofline(chip, *(per_chip * n for n in (flops / len(devices), traffic, within, between)))
-    planned = Plan(
-        name=config.name,
-        topology=asked,
-        mesh=dict(mesh.shape),
-        chip=chip,
-        devices_per_chip=per_chip,
-        compiled_for=compiled_for,
-        notes=tuple(notes),
-        tokens=config.data.rows * config.data.length,
-        memory=estimate.memory(run, mesh, state),
-        compiled=compiled,
-        failure=failure,
-        sent=sent,
-        step_flops=flops,
-        walked_flops=estimate.walk(traced.jaxpr.jaxpr),
-        model_flops=estimate.model_flops(run),
-        times=times,
-        suggestions=(),
-    )
-    if planned.fits:
-        return planned
-    return dataclasses.replace(planned, suggestions=suggest(config, len(devices), planned.limit, chip))
+        chip, per_chip = CHIPS.get(asked.kind), len(devices) // asked.chips
+        flops = sum(p.flops for p in estimate.products(run, mesh))
+        times = None
+        if chip:
+            if failure:
+                notes.append("The step did not compile: what it sends is the estimate's.")
+                within, between = _sent(run, mesh, state, asked.slices)
+            else:
+                within, between = (sum(s.sent for (_, far), s in sent.items() if far == w) for w in (False, True))
+            traffic = estimate.traffic(run, mesh, state)
+            times = estimate.roofline(chip, *(per_chip * n for n in (flops / len(devices), traffic, within, between)))
+        planned = Plan(
+            name=config.name,
+            topology=asked,
+            mesh=dict(mesh.shape),
+            chip=chip,
+            devices_per_chip=per_chip,
+            compiled_for=compiled_for,
+            notes=tuple(notes),
+            tokens=config.data.rows * config.data.length,
+            memory=estimate.memory(run, mesh, state),
+            compiled=compiled,
+            failure=failure,
+            sent=sent,
+            step_flops=flops,
+            walked_flops=estimate.walk(traced.jaxpr.jaxpr),
+            model_flops=estimate.model_flops(run),
+            times=times,
+            suggestions=(),
+        )
+        if planned.fits:
+            return planned
+        found = suggest(config, devices, planned.limit, chip, slices, per_chip)
+        return dataclasses.replace(planned, suggestions=found)
+
+
+def check_shares(config, mesh) -> None:
+    """Raises ValueError where `train` would: where rows, shards, the mesh's processes and workers do not divide."""
+    drawn = ml_collections.ConfigDict(config.to_dict())
+    drawn.data.kind, drawn.data.waiting = "shapes", 0  # no folder need be here, and no clip is looked at
+    make_loader(drawn, None, None, "train", *row_share(mesh))
+
+
+@contextlib.contextmanager
+def _without_embeddings(config):
+    """The config, with an embedding of no words in place of text.file, which need not be here."""
+    config = ml_collections.ConfigDict(config.to_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        if config.text.kind == "frozen":
+            name = embeddings.key("")
+            save_file({name: np.zeros((1, config.text.width), np.float32)}, f"{folder}/{name}.safetensors")
+            config.text.file = folder
+        yield config
+
+
+def _sent(run, mesh, state, slices: int) -> tuple[float, float]:
+    """Bytes that each device sends a step by the estimate, within a slice and between slices."""
+    sent = estimate.exchange(run, mesh, state, slices)
+    between = sent.pop("between slices")
+    return sum(sent.values()), between
 
 
 def _devices(asked: Topology, notes: list[str]):
@@ -152,6 +196,8 @@ def _devices(asked: Topology, notes: list[str]):
         notes.append(f"There is no compiler for {asked.kind} here: compiled for devices of the host.")
     if asked.slices > 1:
         notes.append("Devices of the host have no slices: what goes between slices is not told apart.")
+    if asked.kind != "cpu":
+        notes.append("They are of one process: that the pod's processes divide data.shards is not checked.")
     devices = jax.devices("cpu")
     if len(devices) < asked.chips:
         raise ValueError(f"{asked.chips} devices of the host are needed and there are {len(devices)}.")
@@ -176,8 +222,11 @@ def _compile(traced, platform: str, quick: bool, slice_of):
     return parts | {"total": sum(parts.values())}, "", collectives(compiled.as_text(), slice_of)
 
 
-def suggest(config, devices: int, limit: float, chip: Chip | None, most: int = 5) -> tuple:
-    """Meshes that fit by the estimate, soonest first; if none does, also with remat='full', then with fewer rows."""
+def suggest(config, devices: list, limit: float | None, chip: Chip | None, slices: int = 1, per_chip: int = 1) -> tuple:
+    """The five soonest meshes that fit by the estimate; if none does, also with remat='full', then with fewer rows.
+
+    limit: bytes of a device; per_chip: devices of a chip. Each can be laid out on the devices, and `train` takes it.
+    """
     changes = [{}]
     if config.model.remat != "full":
         changes.append({"model.remat": "full"})
@@ -191,9 +240,18 @@ def suggest(config, devices: int, limit: float, chip: Chip | None, most: int = 5
         changed.update_from_flattened_dict(change)
         run = make_run(changed)
         state = state or jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
-        found = [one for sizes in _meshes(devices) if (one := _consider(run, state, sizes, change, limit, chip))]
-        if found:
-            return tuple(sorted(found, key=lambda one: one[3])[:most])
+        fit = [
+            one
+            for sizes in _meshes(len(devices))
+            if (one := _consider(run, state, sizes, limit, chip, per_chip, slices))
+        ]
+        made = (
+            (sizes, change | shards, needed, seconds)
+            for sizes, needed, seconds in sorted(fit, key=lambda one: one[2])
+            if (shards := _shards(changed, sizes, devices)) is not None
+        )
+        if found := tuple(itertools.islice(made, 5)):
+            return found
     return ()
 
 
@@ -206,8 +264,8 @@ def _meshes(devices: int):
                 yield dict(zip(AXES, (devices // fsdp // tensor // sequence, fsdp, tensor, sequence)))
 
 
-def _consider(run, state, sizes, change, limit, chip):
-    """(mesh, change, bytes, seconds), or None where the mesh cannot be or does not fit."""
+def _consider(run, state, sizes, limit, chip, per_chip, slices):
+    """(mesh, bytes of a device, seconds), or None where the mesh cannot be or does not fit."""
     config = ml_collections.ConfigDict(run.config.to_dict())
     config.mesh.update(sizes)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
@@ -216,14 +274,27 @@ def _consider(run, state, sizes, change, limit, chip):
     except ValueError:
         return None
     needed = sum(estimate.memory(run, mesh, state).values())
-    if limit is not None and needed > ROOM * limit:
+    if sizes["data"] % slices or limit is not None and needed > ROOM * limit:
         return None
     if chip is None:
-        return sizes, change, needed, math.nan
+        return sizes, needed, math.nan
     flops = sum(p.flops for p in estimate.products(run, mesh)) / math.prod(sizes.values())
-    sent = sum(estimate.exchange(run, mesh, state).values())
-    times = estimate.roofline(chip, flops, estimate.traffic(run, mesh, state), sent)
-    return sizes, change, needed, estimate.step_seconds(times)
+    work = (flops, estimate.traffic(run, mesh, state), *_sent(run, mesh, state, slices))
+    return sizes, needed, estimate.step_seconds(estimate.roofline(chip, *(per_chip * n for n in work)))
+
+
+def _shards(config, sizes, devices) -> dict | None:
+    """What to set data.shards to on a mesh of these sizes, if anything; None where it cannot be made of the devices."""
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.mesh.update(sizes)
+    data, given = config.data, config.data.shards
+    try:
+        mesh = make_mesh(config.mesh, devices)
+        data.shards = math.lcm(math.gcd(data.rows, data.shards), row_share(mesh)[1])
+        check_shares(config, mesh)
+    except ValueError:
+        return None
+    return {} if data.shards == given else {"data.shards": data.shards}
 
 
 # The report: sections of (title, rows of cells, remarks), once as text and once as a page.
@@ -246,13 +317,17 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
     rows.append(("estimate", _amount(sum(p.memory.values()))))
     remarks = []
     if p.compiled:
-        rows += [(f"compiled: {kind}", _amount(n)) for kind, n in p.compiled.items()]
-        remarks.append(
-            f"The estimate is {sum(p.memory.values()) / p.compiled['total'] - 1:+.1%} off the compiled step."
-        )
+        whose = "compiled" if p.of_chip else "compiled for the host"
+        rows += [(f"{whose}: {kind}", _amount(n)) for kind, n in p.compiled.items()]
+        if p.of_chip:
+            off = sum(p.memory.values()) / p.compiled["total"] - 1
+            remarks.append(f"The estimate is {off:+.1%} off the compiled step.")
+        else:
+            remarks.append(f"The host's compiler is not that of {t.kind}: its figures do not count, the estimate does.")
     if p.limit:
         rows.append(("of a device", _amount(p.limit)))
-        remarks.append(f"{'Fits' if p.fits else 'DOES NOT FIT'}: {p.needed / p.limit:.0%} of the memory.")
+        by = "" if p.compiled and p.of_chip else ", by the estimate"
+        remarks.append(f"{'Fits' if p.fits else 'DOES NOT FIT'}{by}: {p.needed / p.limit:.0%} of the memory.")
     if p.failure:
         remarks.append(f"The compiler refused: {p.failure}")
     sections.append(("Memory per device", rows, remarks))
@@ -261,7 +336,8 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
     for (kind, far), sent in sorted(p.sent.items()):
         where = "between slices" if far else "within a slice"
         rows.append((kind, where, f"{sent.times:,}", _amount(sent.bytes), _amount(sent.sent)))
-    sections.append(("Collectives per device and step, from the compiled program", rows, []))
+    remarks = [] if p.of_chip else [f"Of the host's program: the compiler of {t.kind} may send otherwise."]
+    sections.append(("Collectives per device and step, from the compiled program", rows, remarks))
 
     rows = [
         ("products of the step", f"{p.step_flops:.4g} FLOP"),
@@ -295,12 +371,11 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
         sections.append(("Time", [], ["There are no published figures of the host's devices: no times are predicted."]))
 
     if not p.fits:
-        rows = [("mesh", "change", "estimate", "predicted step")]
+        rows = [("flags", "estimate", "predicted step")]
         for sizes, change, needed, seconds in p.suggestions:
-            mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items() if size > 1)
-            rows.append(
-                (mesh, " ".join(f"--config.{k}={v}" for k, v in change.items()), _amount(needed), f"{seconds:.3f} s")
-            )
+            flags = {f"mesh.{axis}": size for axis, size in sizes.items()} | change
+            given = " ".join(f"--config.{key}={value}" for key, value in flags.items())
+            rows.append((given, _amount(needed), f"{seconds:.3f} s"))
         largest = max(p.memory, key=p.memory.get)
         none = (
             f"None of {t.chips} chips, with fewer rows and remat='full' too: {largest} are the most. Take more chips."

@@ -7,6 +7,14 @@ import re
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Between slices libtpu writes no collective: each device hands what it has to its host, and takes what comes back.
+BETWEEN = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
 
 IOTA = r"\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
@@ -34,8 +42,8 @@ def collectives(text: str, slice_of=None) -> dict[tuple[str, bool], Sent]:
 
     slice_of: the slice of each device, in the mesh's order; None = all in one. What a loop holds counts as often as the
     loop runs: as XLA says, or else as the largest constant of its condition, from 0 by ones. Of a conditional's
-    branches the one that sends most counts. Raises ValueError where a collective's groups are written in a way that is
-    not known here.
+    branches the one that sends most counts. Raises ValueError where a collective's groups, or what goes between slices,
+    are written in a way that is not known here.
     """
     bodies, entry = _computations(text)
     slice_of = None if slice_of is None else np.asarray(slice_of)
@@ -64,8 +72,10 @@ def collectives(text: str, slice_of=None) -> dict[tuple[str, bool], Sent]:
                 return
             if name.startswith("all-reduce-scatter"):  # the rest of the fusion cuts this device's share out of it
                 kind, size = "reduce-scatter", size // members
-            around = {"all-reduce": 2 * (members - 1) / members, "reduce-scatter": members - 1, "collective-permute": 1}
-            out[kind, between] += Sent(1, size, size * around.get(kind, (members - 1) / members))
+            out[kind, between] += _sent(kind, size, members)
+        elif opcode == "recv" and "xla_megascale_runtime" in line:
+            kind, members = _between(line)
+            out[kind, True] += _sent(kind, _size(shape[: shape.index("]") + 1], opcode), members)
         elif opcode == "while":
             body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
             add(out, total(body), _trips(line, condition, bodies))
@@ -93,6 +103,22 @@ def _computations(text):
         elif name:
             bodies[name].append(line)
     return bodies, entry
+
+
+def _sent(kind: str, size: int, members: int) -> Sent:
+    """One collective that leaves `size` bytes on each of its members."""
+    around = {"all-reduce": 2 * (members - 1) / members, "reduce-scatter": members - 1, "collective-permute": 1}
+    return Sent(1, size, size * around.get(kind, (members - 1) / members))
+
+
+def _between(line: str) -> tuple[str, int]:
+    """The kind of a transfer through the hosts, and how many slices take part: target="{slices}x{their devices}"."""
+    how = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line)
+    if not how or how[1] not in BETWEEN or not (slices or how[1] == "ONE_TO_ONE"):
+        raise ValueError(f"a transfer between slices is written in a way that is not known: {line.strip()[:500]}")
+    ranges = [part.split(":") for part in slices[1].split(",")] if slices else [["1"]]
+    return BETWEEN[how[1]], sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
 
 
 def _size(shape: str, opcode: str) -> int:

@@ -45,7 +45,8 @@ RULES = {
 def make_mesh(config, devices=None) -> Mesh:
     """The mesh of `config.mesh` over `devices` (by default all there are), several slices along 'data'.
 
-    Raises ValueError where the axes do not multiply to the devices, or the slices do not divide 'data'.
+    Raises ValueError where the axes do not multiply to the devices, the slices do not divide 'data', or jax finds no
+    place for the axes on the devices' torus.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: config[axis] for axis in AXES}
@@ -55,14 +56,23 @@ def make_mesh(config, devices=None) -> Mesh:
     shape = tuple(sizes.values())
     if min(shape) < 1 or np.prod(shape) != len(devices):
         raise ValueError(f"{given} do not make the {len(devices)} devices there are.")
-    types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     if sizes["data"] % slices:
         raise ValueError(f"mesh.data={sizes['data']} must be a multiple of the {slices} slices there are.")
     within, across = (sizes["data"] // slices, *shape[1:]), (slices, 1, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    try:
+        if slices == 1:
+            laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        else:
+            laid_out = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    # jax says in each of these ways that it finds no place for an axis: of 4x4x28 chips, none for one of 2 (0.10.2).
+    except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
+        torus = "x".join(str(len(set(along))) for along in zip(*(getattr(d, "coords", ()) for d in devices)))
+        raise ValueError(
+            f"{given}: jax cannot lay it out on {slices} slice(s) of {devices[0].device_kind} {torus} ({error}). "
+            "Give axes that are products of the topology's sides, or take another topology."
+        ) from error
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_layout(config, mesh: Mesh) -> None:

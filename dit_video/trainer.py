@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video import generate
@@ -28,12 +29,14 @@ from dit_video.data.loader import make_loader, make_source
 from dit_video.flow import named_key
 from dit_video.gallery import Sample, grow
 from dit_video.meter import Meter, by_level, count_compilations, global_work, matmul_peak
-from dit_video.metrics import MetricsWriter, Progress
+from dit_video.metrics import MetricsWriter, Progress, read_metrics
 from dit_video.patches import Batch
+from dit_video.sampling import require_solver, uniform_levels
 from dit_video.sharding import batch_shardings, global_batch, make_mesh, row_share, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
-from dit_video.tasks import Request
+from dit_video.tasks import Layout, Request, check_request
 from dit_video.weights import lora
+from dit_video.weights.files import Stored
 from dit_video.weights.native import nest, read_weights
 
 MAX_BAD_STEPS = 10
@@ -57,26 +60,28 @@ def check_config(config) -> None:
             raise ValueError(f"{name}={value} is a share: give 0 to 1.")
 
 
-def train(config, workdir) -> State:
+def train(config, workdir, allow_changed=()) -> State:
     """Trains `config` in `workdir` from its newest checkpoint, or from the start; returns the last State.
 
     Leaves there: config.json, versions.json, checkpoints/, metrics.jsonl, tensorboard/, gallery/index.html and, at
     the end, weights.safetensors. Typed again it resumes; a finished run says so and returns. After SIGTERM or SIGINT
     it saves and raises Preempted (exit code 75). Raises FloatingPointError after ten bad gradients in a row, and
-    ValueError for a config that cannot run, or that is not the one the workdir was begun with, and for a workdir that
-    is neither on a disk nor on gs://.
+    ValueError for a config that cannot run, or that is not the one the workdir was begun with (but for the keys, or
+    sections of keys, in allow_changed), and for a workdir that is neither on a disk nor on gs://. Whatever the state
+    hangs on ends the run; validation and pictures that fail are logged as errors, and the run goes on.
     """
     # The config.
     check_config(config)
     check_place(workdir)
     workdir = epath.Path(workdir)
-    mesh, first = make_mesh(config.mesh), jax.process_index() == 0
+    mesh, first, alone = make_mesh(config.mesh), jax.process_index() == 0, jax.process_count() == 1
     run = make_run(config, mesh)
+    check_sample(config, run)
     # On every device: the transfer guard forbids to bring it there step by step.
     key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=NamedSharding(mesh, PartitionSpec()))()
 
     with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _StopRequests() as stop:
-        _require_same_config(checkpoints.config(), config)
+        _require_same_config(checkpoints.config(), config, allow_changed)
 
         # The state, in its shardings from the first moment.
         abstract = abstract_state(run, mesh)
@@ -90,8 +95,10 @@ def train(config, workdir) -> State:
                 state = start_from(config.init_from, state, shardings, config.model)
             if config.lora.rank and config.lora.init_from:
                 state = start_factors_from(config, state, shardings)
-        if start >= config.steps:
-            print(f"{workdir} is finished: {start} of {config.steps} steps. Raise config.steps to go on.")
+        undone = _undone(config, workdir, start)
+        if start >= config.steps and not any(undone.values()):
+            if first:
+                print(f"{workdir} is finished: {start} of {config.steps} steps. Raise config.steps to go on.")
             return state
         if first:
             _describe(config, workdir, state, start)
@@ -117,7 +124,8 @@ def train(config, workdir) -> State:
 
         meter = Meter(config, run.model, peak, extra.get("meter", []))
         open_writer = MetricsWriter(workdir, start) if first else contextlib.nullcontext()
-        with contextlib.closing(loader), open_writer as writer, Progress(config.steps, start) as progress:
+        show = Progress(config.steps, start) if first else contextlib.nullcontext()
+        with contextlib.closing(loader), open_writer as writer, show as progress:
 
             def save(step, loader_state, wait=False):
                 if first:
@@ -128,20 +136,49 @@ def train(config, workdir) -> State:
             def read(step, metrics, work):
                 """Fetches a step's metrics, one step late, so that the devices never wait for the host."""
                 line = meter.add(step, jax.device_get(metrics), work)
-                progress.update(step, meter.loss, meter.patches)
+                if first:
+                    progress.update(step, meter.loss, meter.patches)
                 if meter.bad_steps >= MAX_BAD_STEPS:
                     checkpoints.wait()
                     raise FloatingPointError(
                         f"{MAX_BAD_STEPS} gradients in a row were not finite, up to step {step}. The last good state "
-                        f"is checkpoint {checkpoints.latest()}; lower optimizer.lr or optimizer.clip."
+                        f"is checkpoint {checkpoints.latest()}; lower optimizer.lr or optimizer.clip "
+                        "(--allow_changed=optimizer)."
                     )
                 if line and first:
                     writer.write(step, line | {"compilations": compilations()})
 
+            def leave(step, evaluating, sampling, final):
+                """What a step leaves beside its checkpoint, of which a run that is killed in between makes it later."""
+                if evaluating:
+                    # Processes that went on without one which failed would wait for it in the next step.
+                    with _not_fatal(f"validation at step {step}") if alone else contextlib.nullcontext():
+                        line = _validate(evaluate, state, held_out, named_key(key, "validation"))
+                        if first:
+                            writer.write(step, line)
+                if not (sampling or final):
+                    return
+                ema = whole(state.ema, state.frozen)
+                if final:
+                    if config.lora.rank:
+                        factors = jax.tree.map(_gathered, state.ema["lora"])
+                        if first:
+                            lora.write(workdir / "lora.safetensors", factors, lora.scale(config), config)
+                    _write_weights(workdir / "weights.safetensors", ema, config, step)
+                if sampling:
+                    # Of several processes the first samples, by itself: it alone comes to hold the whole model, and may
+                    # fail without the others.
+                    ema = ema if alone else _on_the_first(ema)
+                    if first:
+                        with _not_fatal(f"the gallery of step {step}"):
+                            _sample_gallery(config, workdir, writer, ema, step, mesh if alone else None)
+
+            leave(start, **undone)
+
             # The loop.
             local = next(loader)
             batch, work = global_batch(local, mesh), global_work(local, share[1])
-            late = None
+            late, saved = None, start
             for step in range(start + 1, config.steps + 1):
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, key)
@@ -154,33 +191,22 @@ def train(config, workdir) -> State:
                 late = done
                 checkpoints.check()
                 stopping = stop.agreed(step)
-                final = step == config.steps
-                evaluating = config.eval_every and (step % config.eval_every == 0 or final)
-                sampling = final or (config.sample_every and step % config.sample_every == 0)
-                saving = stopping or final or step % config.checkpoint_every == 0
-                if saving or evaluating or sampling:
+                due = _due(config, step)
+                last = stopping or due["final"]
+                saving = last or step % config.checkpoint_every == 0
+                if saving or any(due.values()):
                     read(*late)
                     late = None
-                # What a step leaves comes before its checkpoint: a run that is killed in between makes it again.
-                if evaluating:
-                    line = _validate(evaluate, state, held_out, named_key(key, "validation"))
-                    if first:
-                        writer.write(step, line)
-                if sampling:
-                    ema, factors = _fetch(whole(state.ema, state.frozen)), _fetch(state.ema.get("lora"))
-                    if first:
-                        _sample_gallery(config, workdir, writer, ema, step)
-                    if first and final:
-                        generate.save_weights(workdir / "weights.safetensors", ema, config, step)
-                        if factors:
-                            lora.write(workdir / "lora.safetensors", factors, lora.scale(config), config)
-                # Where gradients are not finite, the checkpoints stay as they are, unless the run ends here.
-                if saving and (not meter.bad_steps or stopping or final):
-                    save(step, loader_state, wait=stopping)
+                # Bad gradients change no weight: what has been saved once before them need not be saved again, and
+                # would push older checkpoints out.
+                if saving and (last or step - saved > meter.bad_steps):
+                    save(step, loader_state, wait=last)
+                    saved = step
                 if stopping:
-                    print(f"stopped by a signal: saved at step {step}. The same command goes on from there.")
+                    if first:
+                        print(f"stopped by a signal: saved at step {step}. The same command goes on from there.")
                     raise Preempted
-            checkpoints.wait()
+                leave(step, **due)
         if first:
             print(f"finished: {config.steps} steps. Look at {workdir / 'gallery' / 'index.html'}")
     return state
@@ -189,7 +215,7 @@ def train(config, workdir) -> State:
 def abstract_state(run: Run, mesh) -> State:
     """The state's shapes, dtypes and shardings on a mesh."""
     abstract = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
-    return jax.tree.map(_placed, abstract, state_shardings(abstract, mesh))
+    return jax.tree.map(_placed, abstract, state_shardings(abstract, mesh, run.config.optimizer.offload))
 
 
 def trace_step(run: Run, mesh) -> jax.stages.Traced:
@@ -258,22 +284,91 @@ def parse_prompt(text: str, seed: int = 0) -> Request:
         raise ValueError(f"sample.prompts: {text!r} is not of the form '48x32x9@8: a red circle'.") from error
 
 
-def _fetch(tree):
-    """numpy copies of arrays that may lie on several processes' devices; all processes call it."""
+def check_sample(config, run: Run) -> None:
+    """Raises ValueError for what the gallery would fail of once the run is under way: its settings and prompts."""
+    how = config.sample
+    uniform_levels(how.steps, how.shift)
+    require_solver(how.solver)
+    if len(how.interval) != 2 or not 0 <= how.interval[0] <= how.interval[1] <= 1:
+        raise ValueError(f"sample.interval={tuple(how.interval)} must be two levels, low and high, of 0 to 1.")
+    layout = Layout(run.codec, tuple(config.model.patch), run.text.tokenise, config.data.group_by)
+    for seed, text in enumerate(how.prompts):
+        request = parse_prompt(text, seed)
+        check_request(request, layout)
+        if not (config.text.kind == "frozen" and config.text.encoder):  # which encodes it when it is asked for
+            layout.tokenise(request.prompt)
+
+
+def _due(config, step: int) -> dict[str, bool]:
+    """What a step leaves beside its checkpoint."""
+    final = step == config.steps
+    at = lambda every: step > 0 and every > 0 and step % every == 0
+    evaluating = at(config.eval_every) or (final and config.eval_every > 0)
+    return {"evaluating": evaluating, "sampling": final or at(config.sample_every), "final": final}
+
+
+def _undone(config, workdir, step: int) -> dict[str, bool]:
+    """Of what is due at a step, what is not there; the same on all processes: what the first one sees."""
+    due = _due(config, step)
+    if jax.process_index() == 0:
+        metrics, gallery, weights = (workdir / name for name in ("metrics.jsonl", "gallery", "weights.safetensors"))
+        folder = f"step_{step:08d}"
+        if due["evaluating"] and metrics.exists():
+            due["evaluating"] = not any(line["step"] == step and "validation" in line for line in read_metrics(metrics))
+        if due["sampling"] and (gallery / folder / "samples.json").exists() and (gallery / "index.html").exists():
+            due["sampling"] = folder not in (gallery / "index.html").read_text()
+        if due["final"] and weights.exists():
+            due["final"] = read_weights(weights)[1]["step"] != step
+    if jax.process_count() > 1:
+        answer = multihost_utils.broadcast_one_to_all(np.array([*due.values()], np.int32))
+        due = dict(zip(due, map(bool, answer), strict=True))
+    return due
+
+
+@contextlib.contextmanager
+def _not_fatal(what: str):
+    """Logs a failure in what the state does not hang on, and lets the run go on."""
+    try:
+        yield
+    except Exception as error:
+        logging.exception("%s failed, and the run goes on without: %s: %s", what, type(error).__name__, error)
+
+
+def _gathered(array) -> np.ndarray:
+    """A numpy copy of an array that may lie on several processes' devices; all processes call it."""
     if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
-def _sample_gallery(config, workdir, writer, ema, step: int) -> None:
+def _on_the_first(tree):
+    """numpy copies on the first process; of the others none holds more than one at a time. All processes call it."""
+    keep = lambda array: array if jax.process_index() == 0 else None
+    return jax.tree.map(lambda array: keep(_gathered(array)), tree)
+
+
+def _write_weights(path, params, config, step: int) -> None:
+    """Leaves the file of weights. They are gathered as they are written, one by one: no host ever holds them all.
+
+    All processes call it, and gather them in the file's order: by name.
+    """
+    bf16 = lambda array: _gathered(array.astype(jnp.bfloat16))  # a copy: jax keeps what was fetched beside its array
+    if jax.process_index() == 0:
+        stored = lambda array: Stored(array.shape, np.dtype(jnp.bfloat16), functools.partial(bf16, array))
+        generate.save_weights(path, jax.tree.map(stored, params), config, step)
+        return
+    named = {"/".join(k.key for k in path): array for path, array in jax.tree_util.tree_leaves_with_path(params)}
+    for name in sorted(named):
+        bf16(named[name])
+
+
+def _sample_gallery(config, workdir, writer, ema, step: int, mesh) -> None:
     requests = gallery_requests(config, cache=workdir / "media_cache.jsonl")
     trained = generate.Trained(ema, config, step, str(workdir))
     how = {k: config.sample[k] for k in ("steps", "solver", "guidance")}
     samples = [
         Sample(video, r.fps, r.prompt, r.seed, how | {"config": config.name, "checkpoint_step": step})
-        for r, video in zip(requests, generate.sample(requests, trained))
+        for r, video in zip(requests, generate.sample(requests, trained, mesh))
     ]
     grow(workdir / "gallery", step, samples, title=f"{config.name}", summary={"workdir": str(workdir), **how})
     for i, sample in enumerate(samples):
@@ -337,19 +432,16 @@ def start_factors_from(config, state: State, shardings) -> State:
     return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-def _require_same_config(saved: dict | None, config) -> None:
-    """A workdir goes on with the config it was begun with; how long, and what is looked at meanwhile, may change."""
-    free = (
-        "steps",
-        "log_every",
-        "eval_every",
-        "eval_batches",
-        "sample_every",
-        "checkpoint_every",
-        "keep",
-        "sample",
-        "mesh",
-    )
+# What neither the state nor the order of the data hangs on: how long, what is looked at meanwhile, where files lie, and
+# how the step is computed.
+MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "sample_every", "checkpoint_every", "keep", "sample")
+MAY_CHANGE += ("data.workers", "optimizer.offload")
+FILES = ("data.root", "codec.weights", "text.file", "text.encoder")
+ROUNDING = ("mesh", "model.remat", "model.unroll", "optimizer.accumulate")
+
+
+def _require_same_config(saved: dict | None, config, allowed=()) -> None:
+    """A workdir goes on with the config it was begun with, but for what may change, and what is `allowed` to."""
     if saved is None:
         return
     flat = lambda d: {
@@ -357,15 +449,24 @@ def _require_same_config(saved: dict | None, config) -> None:
         for k, v in jax.tree_util.tree_leaves_with_path(json.loads(json.dumps(d)))
     }
     old, new = flat(generate.with_newer_keys(saved)), flat(config.to_dict())
-    changed = [
-        f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
-        for k in sorted({*old, *new})
-        if old.get(k) != new.get(k) and k.split(".")[0] not in free
-    ]
-    if changed:
+    within = lambda key, names: any(key == name or key.startswith(f"{name}.") for name in names)
+    if unknown := [name for name in allowed if not any(within(key, [name]) for key in new)]:
+        raise ValueError(f"allow_changed={','.join(unknown)}: no such keys in the config.")
+    refused = []
+    for key in sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        line = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        if within(key, FILES):
+            logging.warning("%s, taken to hold the same.", line)
+        elif within(key, ROUNDING):
+            logging.warning("%s orders sums otherwise: from here on losses are the same up to rounding.", line)
+        elif within(key, allowed):
+            logging.warning("ALLOWED TO CHANGE, the run is another from here on: %s", line)
+        elif not within(key, MAY_CHANGE):
+            refused.append(line)
+    if refused:
         raise ValueError(
-            "the workdir was begun with another config; use another workdir (and init_from), or undo:\n  "
-            + "\n  ".join(changed)
+            "the workdir was begun with another config; use another workdir (and init_from), undo, or take it on "
+            "with --allow_changed=KEY,KEY:\n  " + "\n  ".join(refused)
         )
 
 
@@ -399,10 +500,9 @@ def _all_shards(own: dict) -> dict:
     """The loader's states of all processes' shards."""
     if jax.process_count() == 1:
         return own
-    from jax.experimental import multihost_utils
-
     text = np.frombuffer(json.dumps(own).encode(), np.uint8)
     longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    longest = -(-longest // 4096) * 4096  # each length is a program of its own to compile
     texts = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text)), constant_values=32))
     return functools.reduce(dict.__or__, (json.loads(row.tobytes()) for row in texts))
 
@@ -432,6 +532,4 @@ class _StopRequests:
     def agreed(self, step: int) -> bool:
         if not self._several:
             return self.asked
-        from jax.experimental import multihost_utils
-
         return multihost_utils.reached_preemption_sync_point(step)

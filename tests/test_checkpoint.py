@@ -150,8 +150,12 @@ def test_another_state_is_refused(tmp_path):
 
 def test_donated_and_overwritten_buffers(tmp_path):
     """What save() returned from may be donated, and host arrays overwritten, at once: the copy is already made."""
-    update = jax.jit(lambda state: jax.tree.map(lambda x: x * 1.5 + 1, state), donate_argnums=0)
-    device = {"a": jnp.ones((512, 1024)), "b": jax.device_put(jnp.ones((1024, 512)), sharding("data"))}
+    cut = sharding("data")
+    off = {"a": None, "b": None, "c": cut.with_memory_kind("pinned_host")}  # as an optimizer that is offloaded
+    move = lambda state: jax.tree.map(lambda x: x * 1.5 + 1, jax.device_put(state, jax.memory.Space.Device))
+    update = jax.jit(move, donate_argnums=0, out_shardings=off)
+    device = {"a": jnp.ones((512, 1024)), "b": jax.device_put(jnp.ones((1024, 512)), cut)}
+    device["c"] = jax.device_put(jnp.ones((1024, 256)), off["c"])
     before, device = device, update(device)
     assert before["a"].is_deleted(), "donation does nothing here: the test tests nothing"
     with Checkpoints(tmp_path, keep=20) as checkpoints:
@@ -166,7 +170,9 @@ def test_donated_and_overwritten_buffers(tmp_path):
             jax.block_until_ready(device)
         checkpoints.wait()
         for step, expected in digests.items():
-            assert digest(checkpoints.restore(abstract({**device, "host": host}), step).state) == expected, step
+            restored = checkpoints.restore(abstract({**device, "host": host}), step).state
+            assert digest(restored) == expected, step
+            assert restored["c"].sharding.memory_kind == "pinned_host"
 
 
 def test_keeps_the_newest(tmp_path):
@@ -383,14 +389,14 @@ with Checkpoints(sys.argv[3], keep=2) as checkpoints:
 """
 
 
-def run_two(*arguments):
+def run_two(*arguments, program=ONE_OF_TWO):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", ONE_OF_TWO, str(process), port, *map(str, arguments)],
+            [sys.executable, "-c", program, str(process), port, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -406,6 +412,51 @@ def run_two(*arguments):
     for run, (_, errors) in zip(runs, results):
         assert run.returncode == 0, errors[-3000:]
     return [output for output, _ in results]
+
+
+SLOW_TO_COMMIT = """
+import os
+import sys
+import time
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+process = int(sys.argv[1])
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", num_processes=2, process_id=process)
+from dit_video import checkpoint
+
+write_sums = checkpoint._write_sums
+def slowly(path):
+    time.sleep(4)
+    write_sums(path)
+checkpoint._write_sums = slowly  # as where there is much to hash
+
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, PartitionSpec("data"))
+state = {"w": jax.make_array_from_callback((4,), sharding, lambda index: np.arange(4.0)[index])}
+try:
+    with checkpoint.Checkpoints(sys.argv[3]) as checkpoints:
+        checkpoints.save(1, state, {}, {}, wait=True)
+        assert (checkpoints.directory / "00000001" / checkpoint.SUMS).exists()
+        checkpoints.save(2, state, {}, {})
+        multihost_utils.sync_global_devices("under way")
+        began = time.monotonic()
+        raise KeyError("another failure")
+except KeyError:
+    print("seconds", time.monotonic() - began)
+multihost_utils.sync_global_devices("left")
+print("complete", checkpoints.steps(), flush=True)
+time.sleep(2 * (process == 0))  # without it the other would be ended too
+os._exit(0)  # as a process that fails does
+"""
+
+
+def test_all_processes_wait_for_the_commit_and_none_where_one_fails(tmp_path):
+    """With wait=True every process finds the checkpoint complete; a failure leaves at once, whatever is under way."""
+    for output in run_two(tmp_path, program=SLOW_TO_COMMIT):
+        assert float(output.split("seconds ")[1].split()[0]) < 3 and "complete [1]" in output
 
 
 @pytest.mark.slow

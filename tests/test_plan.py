@@ -3,8 +3,10 @@
 B rows, N patches per row, D model width.
 """
 
+import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -12,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from test_sharding import pod
 
-from configs import base, dit, scale
+from configs import base, dit, scale, wan
 from dit_video import estimate, planning
 from dit_video.chips import CHIPS
 from dit_video.program import Sent, collectives
-from dit_video.sharding import AXES, make_mesh
+from dit_video.sharding import AXES, check_layout, make_mesh
 from dit_video.step import make_run
 from dit_video.trainer import trace_step
 
@@ -104,18 +107,26 @@ PROGRAM = """
 }
 ENTRY %main (a: f32[8,4]) -> f32[2,4] {
   %w = (u32[], bf16[4,8]{1,0}, /*index=2*/f32[3]{0}) while(%t), condition=%cond, body=%body
+  %send = (f32[5,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%g, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[5,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[5,8,128]{2,1,0:T(8,128)}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %one = (f32[8]{0}, u32[], token[]) recv(%after), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ONE_TO_ONE"}
   %f = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """  # noqa: E501
 
 
 def test_collectives_as_tpus_write_them():
-    """Started, in loops without a count, within fusions, and groups by the mesh."""
+    """Started, in loops without a count, within fusions, groups by the mesh, and through the hosts of four slices."""
     assert collectives(PROGRAM, [0] * 4 + [1] * 4) == {
         ("all-gather", True): Sent(6, 6 * 64, 6 * 32.0),
         ("collective-permute", False): Sent(6, 6 * 64, 6 * 64.0),
         ("reduce-scatter", False): Sent(1, 32, 96.0),
+        ("all-reduce", True): Sent(1, 5 * 4096, 5 * 4096 * 2 * 3 / 4),
+        ("collective-permute", True): Sent(1, 32, 32.0),
     }
+    with pytest.raises(ValueError, match="a transfer between slices is written in a way that is not known: %recv"):
+        collectives(PROGRAM.replace("ALL_REDUCE", "GOSSIP"))
 
 
 @pytest.fixture(scope="module")
@@ -141,11 +152,116 @@ def test_a_mesh_that_does_not_fit_gets_others(planned):
     run, mesh = make(config)
     state = jax.eval_shape(run.init, jax.random.key(0))
     limit = sum(estimate.memory(run, mesh, state).values()) / 2
-    found = planning.suggest(config, 8, limit, CHIPS["v5e"])
+    found = planning.suggest(config, jax.devices(), limit, CHIPS["v5e"])
     assert found and all(needed <= limit for _, _, needed, _ in found)
     assert all(sizes["data"] < 8 for sizes, *_ in found)
     assert [seconds for *_, seconds in found] == sorted(seconds for *_, seconds in found)
-    assert planning.suggest(config, 8, 1e3, CHIPS["v5e"]) == ()
+    assert planning.suggest(config, jax.devices(), 1e3, CHIPS["v5e"]) == ()
+
+
+def pasted(text):
+    """The flags of each line that has some, as {key: value}."""
+    value = lambda text: int(text) if text.isdecimal() else text
+    lines = [re.findall(r"--config\.([\w.]+)=(\S+)", line) for line in text.splitlines()]
+    return [{key: value(given) for key, given in line} for line in lines if line]
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows"),
+    [
+        (pod("TPU v5", 4, 8, 8), 512),
+        (pod("TPU v5", 4, 4, 28), 448),
+        (pod("TPU v5 lite", 4, 4, 1, slices=2), 32),
+        (pod("TPU v5 lite", 4, 4, 1, slices=2), 8),
+        (pod("TPU7x", 2, 2, 4, cores=2), 64),
+    ],
+    ids=lambda value: value if isinstance(value, int) else f"{value[0].device_kind} {len(value)}",
+)
+def test_suggestions_can_be_pasted(planned, devices, rows):
+    """Each one's flags, beside a config with other axes and shards, give a mesh of the devices that `train` takes."""
+    config = config_of(data__rows=rows, data__shards=4, mesh__fsdp=2, mesh__sequence=4, mesh__tensor=2)
+    run = make_run(config)
+    state, alone = jax.eval_shape(run.init, jax.random.key(0)), jax.sharding.AbstractMesh((1, 1, 1, 1), AXES)
+    limit = sum(estimate.memory(run, alone, state).values()) / 8
+    found = planning.suggest(config, devices, limit, CHIPS["v5e"], len({device.slice_index for device in devices}))
+    shown = pasted(planning.text(dataclasses.replace(planned, failure="too large", suggestions=found), 1e12))
+    assert found and len(shown) == len(found)
+    for flags, (sizes, _, needed, _) in zip(shown, found, strict=True):
+        assert {f"mesh.{axis}" for axis in AXES} <= set(flags)
+        given = config.copy_and_resolve_references()
+        given.update_from_flattened_dict(flags)
+        mesh = make_mesh(given.mesh, devices)
+        check_layout(given, mesh)
+        planning.check_shares(given, mesh)
+        memory = sum(estimate.memory(make_run(given), mesh, state).values())
+        assert dict(mesh.shape) == sizes and memory == needed <= planning.ROOM * limit
+
+
+def test_suggestions_count_all_devices_of_a_chip():
+    """Two on a chip share its FLOPs, its memory's bandwidth and its links: what they do takes twice as long."""
+    config, devices = config_of(), pod("TPU7x", 2, 2, 1, cores=2)
+    one, two = (planning.suggest(config, devices, 1e12, CHIPS["tpu7x"], 1, per_chip) for per_chip in (1, 2))
+    assert [2 * seconds for *_, seconds in one] == [seconds for *_, seconds in two]
+
+
+def test_slices_share_a_network():
+    """Of data alone, within a slice each device reduces the whole gradient; between slices its part of it."""
+    run = make_run(config_of())
+    state, mesh = jax.eval_shape(run.init, jax.random.key(0)), jax.sharding.AbstractMesh((8, 1, 1, 1), AXES)
+    size = 4 * sum(a.size for a in jax.tree.leaves(state.params))
+    for slices, within, between in ((1, 7 / 8, 0), (2, 3 / 4, 1 / 2 / 4), (8, 0, 7 / 8)):
+        sent = estimate.exchange(run, mesh, state, slices)
+        assert sent["all-reduce"] == pytest.approx(2 * size * within)
+        assert sent["between slices"] == pytest.approx(2 * size * between)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.shards": 3}, "data.rows=8 must be a multiple of data.shards=3"),
+        ({"data.shards": 8, "data.workers": 9}, "data.workers=9 is more than the 8 shards"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+    ],
+)
+def test_what_train_refuses_is_not_planned(changes, message):
+    with pytest.raises(ValueError, match=message):
+        planning.plan(config_of(**changes), "cpu:8")
+
+
+def test_slices_divide_data():
+    """With libtpu, and on devices of the host, which have no slices."""
+    with pytest.raises(ValueError, match="mesh.data=1 must be a multiple of the 2 slices"):
+        planning.plan(config_of(mesh__fsdp=8), "v5e:2x2", slices=2)
+
+
+def test_a_pods_processes_divide_the_shards():
+    """Of the two plans' own configs they do; of fewer shards than processes that read rows of their own, not."""
+    for form, shape, processes in (("wan-14B", (4, 8, 8), 16), ("30B", (8, 8, 16), 16)):
+        config = scale.get_config(form)
+        mesh = make_mesh(config.mesh, pod("TPU v5", *shape))
+        planning.check_shares(config, mesh)
+        config.data.shards = 4
+        with pytest.raises(
+            ValueError, match=f"data.shards=4 must be a multiple of the number of processes={processes}"
+        ):
+            planning.check_shares(config, mesh)
+
+
+def test_wan_is_planned_without_embeddings():
+    """Its text encoder's files need not be here."""
+    config = config_of(wan.get_config("TI2V-5B"), model__depth=1, data__rows=1, data__shards=1)
+    planned = planning.plan(config, "cpu:1")
+    assert planned.fits and planned.step_flops == planned.walked_flops
+
+
+def test_a_chip_is_not_judged_by_the_hosts_program(planned):
+    """The compiled figures stand there, and the estimate decides, both ways."""
+    needed = sum(planned.memory.values())
+    for memory, fits in ((1.1 * needed, True), (0.9 * needed, False)):
+        chip = dataclasses.replace(CHIPS["h100"], memory=memory)
+        shown = planning.text(dataclasses.replace(planned, chip=chip), 1e12)
+        assert ("Fits, by the estimate: 91%" if fits else "DOES NOT FIT, by the estimate: 111%") in shown
+        assert "compiled for the host: total" in shown and "its figures do not count, the estimate does" in shown
 
 
 OF_FOUR = {"model.width": 1024, "model.depth": 24, "model.heads": 16, "model.mlp_width": 4096, "text.width": 1024}
@@ -195,6 +311,21 @@ def test_memory_is_that_of_compiled_programs(changes, needed):
     assert sum(estimate.memory(run, mesh, state).values()) == pytest.approx(needed, rel=0.1)
 
 
+def test_an_offloaded_optimizer_is_no_burden_while_gradients_are_computed():
+    """It counts as far as it is more than what is gone when it comes; the memory's traffic stays what it was."""
+
+    def estimated(offload, rows):
+        run, mesh = make(config_of(optimizer__offload=offload, data__rows=rows, mesh__fsdp=8))
+        state = jax.eval_shape(run.init, jax.random.key(0))
+        return estimate.memory(run, mesh, state), estimate.traffic(run, mesh, state)
+
+    for rows in (8, 512):
+        (there, traffic), (away, same) = estimated(False, rows), estimated(True, rows)
+        passing = sum(there[kind] for kind in ("activations", "gathered weights", "working set"))
+        assert away == there | {"optimizer": max(there["optimizer"] - passing, 0)} and same == traffic
+    assert away["optimizer"] == 0 < there["optimizer"]
+
+
 def test_roofline():
     """A chip at its published figures for a second each; the step is the longest, at the share that is counted on."""
     chip = CHIPS["v5p"]
@@ -220,13 +351,22 @@ def test_the_command_needs_no_libtpu(tmp_path):
         "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'libtpu' else f(n, *a)"
     )
     overrides = [f"--config.{k}={v}" for k, v in SMALL.items()]
-    command = ["--config=configs/base.py", "--topology=v5e:2x2", f"--html={tmp_path / 'p.html'}", *overrides]
+    command = ["--config=configs/base.py", "--topology=v5e:2x2", f"--html={tmp_path / 'new' / 'p.html'}", *overrides]
     code = f"{hide}; import sys; sys.argv = ['plan', *{command!r}]; from dit_video import plan; plan.run()"
     env = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "libtpu is not installed" in done.stdout and "model FLOP utilisation" in done.stdout
-    assert "<table>" in (tmp_path / "p.html").read_text()
+    assert "The host's compiler is not that of v5e" in done.stdout and "Fits, by the estimate" in done.stdout
+    assert "<table>" in (tmp_path / "new" / "p.html").read_text()
+
+
+@pytest.mark.parametrize("page", ["file/p.html", ""])
+def test_a_page_that_cannot_be_written_is_refused_at_once(tmp_path, page):
+    (tmp_path / "file").touch()
+    command = ["--config=configs/base.py", "--topology=cpu:4", f"--html={tmp_path / page}"]
+    done = subprocess.run([sys.executable, "-m", "dit_video.plan", *command], capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"\w+Error: .*\n", done.stderr) and not done.stdout
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -242,6 +382,9 @@ def test_a_plan_for_tpus(slices):
     assert planned.compiled_for == "tpu" and planned.fits and planned.topology.chips == 4 * slices
     assert {far for _, far in planned.sent} == ({False} if slices == 1 else {False, True})
     assert planned.times["network"] == 0 if slices == 1 else planned.times["network"] > 0
+    # Between slices goes each device's part of the gradient, once, in tiles that are a little larger.
+    between = sum(sent.bytes for (_, far), sent in planned.sent.items() if far)
+    assert between == pytest.approx(planned.memory["gradients"] * (slices - 1), rel=0.1)
 
 
 @needs_libtpu

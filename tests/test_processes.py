@@ -82,7 +82,9 @@ def preempt(workdir, role):
     assert ended(both) == [75, 75], printed(workdir, role)
     stopped = complete(workdir)
     assert 3 < stopped < 32 and not writing(workdir)
-    assert all(f"saved at step {stopped}" in printed(workdir, i) for i in (0, 1))
+    said = (f"saved at step {stopped}", "elapsed")  # by the first alone
+    assert [all(words in printed(workdir, i) for words in said) for i in (0, 1)] == [True, False]
+    assert not any(words in printed(workdir, 1) for words in said)
     return stopped
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -138,17 +139,17 @@ def test_killed_many_times(tmp_path, unbroken, seed):
 
 
 def test_killed_before_what_the_last_step_leaves(tmp_path, unbroken):
-    """Killed while the last gallery is made: the same command makes gallery and weights."""
+    """Killed once the last checkpoint is complete: the same command makes validation, gallery and weights."""
     workdir = tmp_path / "run"
     shutil.copytree(unbroken[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / f"{32:08d}")
     (workdir / "weights.safetensors").unlink()
-    for path in (workdir / "gallery").glob("step_*/samples.json"):
-        path.unlink()
+    shutil.rmtree(workdir / "gallery")
     process = start(workdir)
-    wait_until(process, workdir, 0, lambda: any((workdir / "gallery").glob("step_*/samples.json")))
+    wait_until(process, workdir, 32)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    assert not (workdir / "gallery" / "index.html").exists(), "the kill came too late: the test tests nothing"
     assert finish(workdir)[0] == 0
     assert_same(workdir, unbroken[1])
 
@@ -182,8 +183,14 @@ def test_finished_runs_and_changed_configs(tmp_path, unbroken):
     assert "another config" in printed and "optimizer.lr: 0.002 -> 0.5" in printed and "model.depth: 2 -> 1" in printed
     assert "log_every" not in printed
     assert_same(workdir, unbroken[1])
-    code, printed = finish(workdir, steps=36)
+    allowing = {"program": (*TRAIN, "--allow_changed=optimizer.lr,model.width")}
+    code, printed = finish(workdir, **allowing, **{"model.width": 48})
+    assert code == 1 and "Traceback" not in printed
+    assert "holds another state" in printed and re.search(r"\[.*32.*\] saved, .*\[.*48.*\] wanted", printed), printed
+    assert_same(workdir, unbroken[1])
+    code, printed = finish(workdir, **allowing, **{"steps": 36, "optimizer.lr": 1e-3, "optimizer.accumulate": 2})
     assert code == 0 and "from step 32 to 36" in printed and complete(workdir) == 36
+    assert "ALLOWED TO CHANGE" in printed and "optimizer.accumulate: 1 -> 2 orders sums otherwise" in printed
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line][-2:] == [32, 36]
 
 

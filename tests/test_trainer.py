@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import base, shapes
-from dit_video import generate
+from dit_video import generate, trainer
 from dit_video.checkpoint import Checkpoints, digest
 from dit_video.codecs import to_float
 from dit_video.data.loader import make_loader, make_source
@@ -21,8 +21,9 @@ from dit_video.gallery import write_mp4, write_png
 from dit_video.metrics import read_metrics
 from dit_video.model import block_parameters, make_velocity
 from dit_video.patches import Cond, lay_out, pack
+from dit_video.sharding import HOST
 from dit_video.step import drop_prompts, make_optimizer, make_run, make_schedule
-from dit_video.trainer import MAX_BAD_STEPS, train
+from dit_video.trainer import MAX_BAD_STEPS, MAY_CHANGE, gallery_requests, train
 
 # A model that compiles in seconds; other files' tests train it too.
 TINY = {
@@ -309,6 +310,139 @@ def test_ten_bad_steps_stop_the_run(tmp_path):
         state = checkpoints.restore().state
     assert int(state["bad_total"]) == 0 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert [line["bad_total"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(10))
+
+
+@pytest.mark.slow
+def test_an_offloaded_run_resumes(tmp_path):
+    """From the host's memory into it, and to the same weights as one that is not offloaded (1e-4, as of any mesh)."""
+    config = lambda offload, steps: tiny(WHOLE | {"optimizer.lr": 1e-3, "optimizer.offload": offload, "steps": steps})
+    train(config(True, 1), tmp_path / "away")
+    away = train(config(True, 3), tmp_path / "away")
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(away.opt_state) if a.ndim} == {HOST}
+    train(config(False, 1), tmp_path / "there")
+    there = train(config(False, 3), tmp_path / "there")
+    assert_close(away.params, there.params, 1e-4)
+    assert digest(train(config(False, 3), tmp_path / "away").params) == digest(away.params)
+
+
+class Poisoned:
+    """A loader whose batches of some steps hold a NaN, or none where `steps` is empty."""
+
+    def __init__(self, loader, steps):
+        self.loader, self.step, self.steps = loader, 0, steps
+
+    def __next__(self):
+        batch, self.step = next(self.loader), self.step + 1
+        return poison(batch, np.nan, batch.patches.seg_BxN != 0) if self.step in self.steps else batch
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+
+def test_a_bad_step_is_saved_if_a_good_one_came_before(tmp_path, monkeypatch):
+    """The state is as sound as before it; but where it is that of the last checkpoint, it pushes no older one out."""
+    make = trainer.make_loader
+    monkeypatch.setattr(trainer, "make_loader", lambda *args: Poisoned(make(*args), {2, 5, 6}))
+    config = tiny(WHOLE | {"optimizer.lr": 1e-3, "steps": 7, "checkpoint_every": 2, "keep": 20})
+    state = train(config, tmp_path)
+    assert int(state.bad_total) == 3 and int(state.bad_steps) == 0
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [2, 4, 7]
+        saved = checkpoints.restore(step=2).state
+    assert int(saved["step"]) == 2 and int(saved["bad_total"]) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
+
+
+def test_pictures_that_fail_do_not_end_a_run(tmp_path, monkeypatch, caplog, capsys):
+    """The error and its reason are logged; state, weights and the rest are there. Typed again, it makes them.
+
+    The weights that are sampled from lie along the mesh, cut.
+    """
+    config = tiny(WHOLE | {"steps": 1, "eval_every": 1, "mesh.fsdp": 8})
+    (tmp_path / "gallery").write_text("in the way")
+    with monkeypatch.context() as failing, caplog.at_level("ERROR"):
+        failing.setattr(trainer, "_validate", lambda *_: [0][1])
+        state = train(config, tmp_path)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(said) == 2 and "validation at step 1 failed" in said[0] and "IndexError" in said[0]
+    assert "the gallery of step 1 failed" in said[1] and "gallery" in said[1].split("without:")[1]
+    assert generate.load(tmp_path / "weights.safetensors").step == 1
+    assert [list(line)[1] for line in read_metrics(tmp_path / "metrics.jsonl")] == ["loss"]
+
+    (tmp_path / "gallery").unlink()
+    weights = (tmp_path / "weights.safetensors").stat().st_mtime_ns
+    assert digest(train(config, tmp_path)) == digest(state)
+    assert (tmp_path / "gallery" / "step_00000001" / "samples.json").exists()
+    assert [list(line)[1] for line in read_metrics(tmp_path / "metrics.jsonl")] == ["loss", "validation"]
+    assert (tmp_path / "weights.safetensors").stat().st_mtime_ns == weights, "what is there is not made again"
+    capsys.readouterr()
+    train(config, tmp_path)
+    assert "is finished: 1 of 1 steps" in capsys.readouterr().out
+
+    # What is sampled from weights as they lie on the mesh is what is sampled elsewhere.
+    cut = jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), state.ema, awake(state.ema))
+    assert {a.sharding.is_fully_replicated for a in jax.tree.leaves(cut) if a.ndim == 3} == {False}
+    videos = lambda params, mesh: generate.sample(
+        gallery_requests(config), generate.Trained(params, config, 1, ""), mesh
+    )
+    (elsewhere,), (there,) = videos(jax.device_get(cut), None), videos(cut, trainer.make_mesh(config.mesh))
+    assert np.abs(there.astype(int) - elsewhere).max() <= 1 and elsewhere.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sample.solver": "eulr"}, "solver='eulr' is not known. Allowed: 'euler', 'heun'"),
+        ({"sample.steps": 0}, "steps=0"),
+        ({"sample.shift": 0.0}, "shift=0.0"),
+        ({"sample.interval": (0.8, 0.2)}, r"sample.interval=\(0.8, 0.2\) must be"),
+        ({"sample.interval": (0.0, 1.5)}, r"sample.interval=\(0.0, 1.5\) must be"),
+        ({"sample.prompts": ("48x32: a red circle",)}, "is not of the form"),
+        ({"sample.prompts": ("48x32x10@8: a red circle",)}, "frames=10 .* Nearest"),
+        ({"sample.prompts": ("48x30x9@8: a red circle",)}, "30"),
+    ],
+)
+def test_what_the_gallery_would_fail_of_is_refused_at_the_start(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(tiny(WHOLE | overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def changed(**keys):
+    """What a run begun with the tiny config and one with these keys have: (saved config, config)."""
+    return tiny().to_dict(), tiny({key.replace("__", "."): value for key, value in keys.items()})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"steps": 7, "eval_every": 1, "sample__solver": "euler", "data__workers": 2, "optimizer__offload": True}, ""),
+        ({"data__root": "elsewhere"}, "data.root: '' -> 'elsewhere', taken to hold the same"),
+        ({"codec__weights": "a", "text__file": "b", "text__encoder": "c"}, "text.file: '' -> 'b', taken to hold"),
+        ({"model__remat": "full", "model__unroll": 2}, "model.unroll: 1 -> 2 orders sums otherwise"),
+        ({"optimizer__accumulate": 2, "mesh__fsdp": 2}, "optimizer.accumulate: 1 -> 2 orders sums otherwise"),
+    ],
+)
+def test_what_the_state_does_not_hang_on_may_change(caplog, keys, said):
+    """On resume, with a word in the log where losses may then be the same up to rounding alone, or files' contents."""
+    with caplog.at_level("WARNING"):
+        trainer._require_same_config(*changed(**keys))
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def test_what_the_state_hangs_on_may_change_where_a_flag_says_so(caplog):
+    """Keys and sections; each is logged. Others stay refused, and a flag that names no key is a typo."""
+    saved, config = changed(model__width=48, optimizer__lr=0.5, data__drop=(0.5, 0.5))
+    with pytest.raises(ValueError, match=r"(?s)--allow_changed=KEY.*data.drop.0: .*model.width: 32 -> 48.*lr: "):
+        trainer._require_same_config(saved, config)
+    with pytest.raises(ValueError, match=r"undo.*:\n  model.width: 32 -> 48$"), caplog.at_level("WARNING"):
+        trainer._require_same_config(saved, config, ["optimizer.lr", "data"])
+    assert "ALLOWED TO CHANGE" in caplog.text and "optimizer.lr: 0.002 -> 0.5" in caplog.text
+    trainer._require_same_config(saved, config, ["optimizer.lr", "data", "model.width"])
+    with pytest.raises(ValueError, match="allow_changed=optimizer.lrr,dat: no such keys"):
+        trainer._require_same_config(saved, config, ["optimizer.lrr", "data", "model.width", "dat"])
+    assert trainer._require_same_config(None, config) is None
+    assert "data" not in MAY_CHANGE
 
 
 def saved_weights(path, width=32):

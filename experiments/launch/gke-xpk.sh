@@ -1,9 +1,12 @@
 #!/bin/sh
 # GKE through xpk (pip install xpk), which writes the JobSet itself.
 #
-#   CLUSTER=mine IMAGE=... experiments/launch/gke-xpk.sh --config=configs/clips.py --workdir=gs://BUCKET/runs/clips
+#   CLUSTER=mine IMAGE=... experiments/launch/gke-xpk.sh --config=configs/clips.py \
+#       --config.data.root=gs://BUCKET/clips --config.data.rows=256 --config.data.shards=64 \
+#       --config.mesh.data=64 --config.mesh.fsdp=4 --workdir=gs://BUCKET/runs/clips
 #
-# TYPE=v5p-512 is the 256 chips of `--topology=v5p:4x8x8`; SLICES=2 takes two of them.
+# TYPE=v5p-512 is the 256 chips of `--topology=v5p:4x8x8`; SLICES=2 takes two of them, with rows, shards and mesh.data
+# twice as many.
 # Not run: there was no cluster at hand. Checked with sh -n.
 set -eu
 : "${CLUSTER:?}" "${IMAGE:?}"

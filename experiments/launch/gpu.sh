@@ -1,9 +1,11 @@
 #!/bin/sh
 # One machine with any number of NVIDIA GPUs: one process drives them all, nothing needs to be joined.
 #
-#   experiments/launch/gpu.sh --config=configs/clips.py --config.data.root=FOLDER --workdir=runs/clips
+#   experiments/launch/gpu.sh --config=configs/clips.py --config.data.root=FOLDER --config.data.rows=16 \
+#       --config.data.shards=8 --workdir=runs/clips
 #
-# Rows of the batch must divide over the GPUs. Type the command again to go on after a stop.
+# That is for 8 GPUs, which cut weights and rows: rows are a multiple of the GPUs. Type the command again to go on after
+# a stop.
 # Not run: there was no GPU at hand. The command itself is the one that runs on CPU.
 set -eu
 cd "$(dirname "$0")/../.."

@@ -1,10 +1,11 @@
 #!/bin/sh
 # Several processes on this machine, joined over the loopback: what a cluster does, to try it without one.
 #
-#   experiments/launch/local.sh 2 --config=configs/shapes.py:quick --workdir=runs/two
+#   experiments/launch/local.sh 2 --config=configs/shapes.py:quick --config.data.rows=8 --config.data.shards=4 \
+#       --config.mesh.data=2 --workdir=runs/two
 #
-# The first argument is the number of processes; the rest goes to each. If one fails, all end.
-# Checked with sh -n; the commands are those of tests/test_processes.py, which ran.
+# The first argument is the number of processes, each with one device of the CPU; the rest goes to each. If one fails,
+# all end. Run by tests/test_launch_files.py, with a smaller model.
 set -eu
 count=$1
 shift

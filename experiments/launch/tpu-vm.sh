@@ -1,9 +1,11 @@
 #!/bin/sh
 # A slice of TPU VMs: the same command on every host, which the VMs' metadata joins.
 #
-#   NAME=run ZONE=us-east5-a TYPE=v5p-512 experiments/launch/tpu-vm.sh --config=configs/clips.py --workdir=gs://BUCKET/runs/clips
+#   NAME=run ZONE=us-east5-a TYPE=v5p-512 experiments/launch/tpu-vm.sh --config=configs/clips.py \
+#       --config.data.root=gs://BUCKET/clips --config.data.rows=256 --config.data.shards=64 \
+#       --config.mesh.data=64 --config.mesh.fsdp=4 --workdir=gs://BUCKET/runs/clips
 #
-# v5p types count TensorCores: v5p-512 is 256 chips, the 4x8x8 of `--topology=v5p:4x8x8`.
+# v5p types count TensorCores: v5p-512 is 256 chips, the 4x8x8 of `--topology=v5p:4x8x8`, and 64 hosts.
 # The hosts get this checkout; the workdir must be one that all of them reach. Ends with the command's exit code; if it
 # is 75 (saved after SIGTERM) or the slice was preempted, run the same line again.
 # Not run: there was no TPU at hand. Checked with sh -n.

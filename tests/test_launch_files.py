@@ -1,0 +1,114 @@
+"""The files of experiments/launch: their own commands suit the machines that they name, and two of them run here."""
+
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_sharding import Chip, pod
+from test_trainer import TINY
+
+from dit_video import planning
+from dit_video.sharding import check_layout, make_mesh
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "experiments" / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+
+
+def hosts(kind, platform, count, devices):
+    """Machines, each a process and, as jax tells GPUs, a slice of its own."""
+    place = lambda n: Chip(n, kind, (), n // devices, n // devices, platform=platform)
+    return [place(n) for n in range(count * devices)]
+
+
+def machines(text):
+    """The devices that a file says it is for."""
+    number = lambda pattern: int(re.search(pattern, text)[1])
+    if found := re.search(r"v5p:(\d+)x(\d+)x(\d+)", text):
+        return pod("TPU v5", *map(int, found.groups()))
+    if "--nodes" in text:
+        return hosts("NVIDIA H100", "gpu", number(r"--nodes=(\d+)"), number(r"--gpus-per-node=(\d+)"))
+    if "GPUs" in text:
+        return hosts("NVIDIA H100", "gpu", 1, number(r"for (\d+) GPUs"))
+    return hosts("cpu", "cpu", number(r"local\.sh (\d+) "), 1)
+
+
+def command(text, devices):
+    """The config that a file's command asks for."""
+    given = dict(re.findall(r"--(config[.\w]*)=(\S+)", text.replace('"$gpus"', str(len(devices)))))
+    path, _, form = given.pop("config").removesuffix(".py").partition(".py:")
+    config = importlib.import_module(path.replace("/", ".")).get_config(*filter(None, [form]))
+    value = lambda given: int(given) if given.isdecimal() else given
+    config.update_from_flattened_dict({key.removeprefix("config."): value(v) for key, v in given.items()})
+    return config
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "gke-jobset.yaml"])
+def test_a_files_command_suits_its_machines(name):
+    text = (LAUNCH / name).read_text()
+    devices = machines(text)
+    config = command(text, devices)
+    mesh = make_mesh(config.mesh, devices)
+    check_layout(config, mesh)
+    planning.check_shares(config, mesh)
+    assert config.data.kind == "shapes" or config.data.root.startswith(("gs://BUCKET/", "/shared/", "FOLDER"))
+    assert re.search(r"--workdir=\S", text)
+
+
+def test_the_jobset_is_of_its_topology():
+    """Pods, chips of a pod and the topology that the nodes have say the same number."""
+    text = (LAUNCH / "gke-jobset.yaml").read_text()
+    number = lambda key: int(re.search(rf"(?m)^ +{key}: (\d+)$", text)[1])
+    devices, sides = machines(text), re.search(r"gke-tpu-topology: (\d+)x(\d+)x(\d+)", text).groups()
+    assert pod("TPU v5", *map(int, sides)) == devices
+    assert number("parallelism") == number("completions") == len({d.process_index for d in devices})
+    assert number("google.com/tpu") * number("parallelism") == len(devices) and number("replicas") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_read(name):
+    subprocess.run(["bash" if name.endswith(".sbatch") else "sh", "-n", LAUNCH / name], check=True)
+
+
+SRUN = """#!/bin/sh
+# Two tasks of one node, as srun starts them.
+shift
+export SLURM_JOB_ID=$$ SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_LOCALID=0
+SLURM_PROCID=1 "$@" & other=$!
+SLURM_PROCID=0 "$@" || exit $?
+wait $other
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["local.sh", "slurm.sbatch"])
+def test_a_script_runs(tmp_path, name):
+    """Two processes join, each with a device, and finish; one of them writes what is left."""
+    flags = [f"--config.{key}={value}" for key, value in (TINY | {"steps": 3, "eval_every": 0}).items()]
+    flags = [f"--config={ROOT}/configs/shapes.py", "--config.mesh.data=2", f"--workdir={tmp_path / 'run'}", *flags]
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    env["PATH"] = f"{tmp_path}:{pathlib.Path(sys.executable).parent}:{env['PATH']}"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    start = ["sh", LAUNCH / name, "2"] if name == "local.sh" else ["bash", LAUNCH / name]
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        script = subprocess.Popen(
+            [*start, *flags], env=env, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True
+        )
+    try:
+        assert script.wait(1800) == 0, log.read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
+    assert log.read_text().count("finished: 3 steps") == 1
+    assert len(json.loads((tmp_path / "run" / "versions.json").read_text())["devices"]) == 2
