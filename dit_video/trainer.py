@@ -22,6 +22,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video import generate
+from dit_video.allowed import check_config
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
 from dit_video.data.loader import make_loader, make_source
@@ -45,16 +46,6 @@ class Preempted(SystemExit):
 
     def __init__(self):
         super().__init__(EXIT_PREEMPTED)
-
-
-def check_config(config) -> None:
-    """Raises ValueError for values that would fail, or be of no effect, only once the run is under way."""
-    for name in ("steps", "log_every", "checkpoint_every", "keep"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1.")
-    for name, value in (("text.dropout", config.text.dropout), ("optimizer.decay", config.optimizer.decay)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a share: give 0 to 1.")
 
 
 def train(config, workdir) -> State:
