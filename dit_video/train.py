@@ -2,7 +2,7 @@
 
 Trains, or goes on with, a run. Exit codes: 0 finished, 75 saved after SIGTERM or SIGINT (type the command again),
 1 anything else. On several hosts it is the same command on each: a TPU pod, SLURM and Open MPI say who is who; where
-nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do.
+nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do. One that no longer gets on ends the run.
 """
 
 import functools
@@ -17,16 +17,20 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder: checkpoints, m
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; with --coordinator.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
+PATIENCE = flags.DEFINE_float(
+    "patience", 1800.0, "Seconds without getting on after which a process ends, with the reason.", 1.0
+)
 
 
 def main(_):
-    from dit_video import launch, trainer
+    from dit_video import launch, trainer, watchdog
     from dit_video.checkpoint import CheckpointError
 
     try:
         launch.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         launch.prepare()
-        trainer.train(CONFIG.value, WORKDIR.value)
+        with watchdog.watch(PATIENCE.value):
+            trainer.train(CONFIG.value, WORKDIR.value)
     except (ValueError, FloatingPointError, FileNotFoundError, CheckpointError) as error:
         launch.fail(error, expected=True)
     except Exception as error:

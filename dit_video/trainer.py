@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video import generate
+from dit_video import generate, watchdog
 from dit_video.allowed import check_config
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
@@ -110,6 +110,7 @@ def train(config, workdir) -> State:
         open_writer = MetricsWriter(workdir, start) if first else contextlib.nullcontext()
         with contextlib.closing(loader), open_writer as writer, Progress(config.steps, start) as progress:
 
+            @watchdog.phase("save")
             def save(step, loader_state, wait=False):
                 if first:
                     writer.flush()
@@ -134,6 +135,7 @@ def train(config, workdir) -> State:
             batch, work = global_batch(local, mesh), global_work(local, share[1])
             late = None
             for step in range(start + 1, config.steps + 1):
+                watchdog.at_step(step)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, key)
                 loader_state, done = loader.get_state(), (step, metrics, work)
@@ -204,6 +206,7 @@ def _held_out(config, run: Run, mesh, share) -> list[Batch]:
     return batches
 
 
+@watchdog.phase("evaluate")
 def _validate(evaluate, state: State, batches, key) -> dict[str, float]:
     one = lambda i, batch: evaluate(state.ema, batch, jax.random.fold_in(key, i), state.frozen)
     sums = [jax.device_get(one(i, batch)) for i, batch in enumerate(batches)]
@@ -258,6 +261,7 @@ def _fetch(tree):
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+@watchdog.phase("sample", times=2)
 def _sample_gallery(config, workdir, writer, ema, step: int) -> None:
     requests = gallery_requests(config, cache=workdir / "media_cache.jsonl")
     trained = generate.Trained(ema, config, step, str(workdir))

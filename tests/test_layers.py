@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "dit_video"
 # From the bottom up; a new module takes its place here.
 LAYERS = (
-    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch", "allowed", "chips", "program"},
+    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch", "allowed", "watchdog", "chips", "program"},
     {"arguments", "flow", "codecs", "text", "metrics", "sequence"},
     {"sampling"},
     {"model", "tasks", "data"},
