@@ -6,13 +6,16 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
-from test_processes import ended, printed, start
+from test_processes import children, ended, finish, printed, start, when
+from test_resume import complete, left_by
 
 from configs import base, clips, shapes
 from dit_video.codecs import make_codec, to_float
@@ -349,6 +352,40 @@ def test_a_worker_that_touches_jax_would_be_noticed(open_loader, monkeypatch):
     loader = open_loader(small_config(shards=1, rows=1, workers=1), tokenise_on_a_device, CODEC)
     with pytest.raises(RuntimeError, match="no_such_platform"):
         next(loader)
+
+
+def kill_worker(workdir):
+    """Kills a run's decoding worker; how many seconds later the run had ended, with the reason and nothing left."""
+    before = set(os.listdir("/dev/shm"))
+    (process,) = start(workdir, 1, **{"data.workers": 1})
+    when([process], lambda: complete(workdir) >= 3)
+    (worker,) = children(process)
+    os.kill(worker, signal.SIGKILL)
+    began = time.monotonic()
+    assert ended([process], 60) == [1], printed(workdir, 0)
+    seconds = time.monotonic() - began
+    assert "terminated unexpectedly with exit code -9" in printed(workdir, 0)
+    left = set(os.listdir("/dev/shm")) - before
+    deadline = time.monotonic() + 10  # what others, that run beside this, made meanwhile goes too
+    while (left := left & set(os.listdir("/dev/shm"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, f"shared memory is left: {left}"
+    return seconds
+
+
+def finish_with_worker(workdir, unbroken):
+    """Goes on with that run; AssertionError unless it leaves what `unbroken`, with threads, has left."""
+    finish(workdir, 1, **{"data.workers": 1})
+    found = left_by(workdir)
+    assert found | {"config": 0} == unbroken | {"config": 0}, "another outcome than an unbroken run's"
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run(tmp_path):
+    """Within 10 s, with the reason and no shared memory left; the same command then leaves what an unbroken run had."""
+    assert kill_worker(tmp_path / "run") < 10
+    finish(tmp_path / "unbroken", 1)
+    finish_with_worker(tmp_path / "run", left_by(tmp_path / "unbroken"))
 
 
 # A folder of real clips

@@ -121,6 +121,10 @@ class Tiny:
 
 @pytest.fixture(scope="module")
 def small():
+    return tiny_run()
+
+
+def tiny_run():
     """A tiny run on one device: its step compiled, its first state, awake, and its first batches."""
     run = make_run(tiny({"optimizer.kind": "adamw", "optimizer.warmup": 0, "optimizer.ema": 0.3}))
     key = jax.random.key(0)

@@ -13,8 +13,6 @@ from test_layers import ROOT
 from test_processes import ENDS, children, ended, printed, start, when
 from test_resume import complete
 
-from dit_video.metrics import read_metrics
-
 STUCK = ROOT / "tests" / "stuck.py"
 
 # Patience is 1.5 s. What moves, the first steps, and what waits for others may last longer; the last has a child.
@@ -62,22 +60,20 @@ def test_what_moves_goes_on_and_what_does_not_is_ended():
 
 
 def hang(workdir, process, patience=10):
-    """A run of two, the data of one of which hang; how many seconds it took from then until both had ended."""
+    """A run of two, the data of one of which hang; how many seconds after that one the other had ended."""
     rest = {"log_every": 1, "eval_every": 0, "checkpoint_every": 100}
     own = {i: [f"--patience={patience}"] for i in (0, 1)}
     both = start(workdir, program=(STUCK, str(process), "60"), own=own, **rest)
     try:
-        metrics = workdir / "metrics.jsonl"
-        when(both, lambda: metrics.exists() and any(line["step"] >= 4 for line in read_metrics(metrics)))
+        code = ended([both[process]])[0]
         began = time.monotonic()
-        codes = ended(both, 120)
+        assert ended([both[1 - process]], ENDS)[0] != 0
         seconds = time.monotonic() - began
     finally:
-        for one in both:
-            one.kill()
-    assert codes[process] == 1 and codes[1 - process] != 0, codes
+        both[1 - process].kill()
+        both[1 - process].wait()
     reason = rf"process {process}, .* ends the run\. For {patience} s .* with 'batch, shards {process}' of step \d+;"
-    assert re.search(reason, printed(workdir, process)), printed(workdir, process)
+    assert code == 1 and re.search(reason, printed(workdir, process)), printed(workdir, process)
     assert "not got on" not in printed(workdir, 1 - process)
     return seconds
 
@@ -85,18 +81,26 @@ def hang(workdir, process, patience=10):
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_data_that_hang_in_one_of_two_end_both(tmp_path, process):
-    """A read that never returns: its process names itself, its shards and the step; the other ends within 30 s more."""
-    assert hang(tmp_path / "run", process) < 10 + ENDS + 20  # up to 20 s of steps until the read that hangs
+    """A read that never returns: its process names itself, its shards and the step; the other ends within 30 s."""
+    hang(tmp_path / "run", process)
+
+
+def stop_worker(workdir):
+    """Stops a run's decoding worker without killing it; how many seconds later the run had ended."""
+    how = {"data.workers": 1, "steps": 100_000, "keep": 1, "eval_every": 0}
+    (process,) = start(workdir, 1, own={0: ["--patience=10"]}, **how)
+    when([process], lambda: complete(workdir) >= 3)
+    (worker,) = children(process)
+    os.kill(worker, signal.SIGSTOP)
+    began = time.monotonic()
+    assert ended([process], 10 + ENDS) == [1], printed(workdir, 0)
+    seconds = time.monotonic() - began
+    assert re.search(r"For 10 s .* with 'batch, shards 0, 1' of step \d+;", printed(workdir, 0))
+    assert gone(worker)
+    return seconds
 
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_ends_the_run(tmp_path):
     """Of a process with decoding workers: the shards are named, and the worker goes too."""
-    workdir, how = tmp_path / "run", {"data.workers": 1, "steps": 100_000, "keep": 1}
-    (process,) = start(workdir, 1, own={0: ["--patience=10"]}, **how)
-    when([process], lambda: complete(workdir) >= 3)
-    (worker,) = children(process)
-    os.kill(worker, signal.SIGSTOP)
-    assert ended([process], 10 + ENDS) == [1]
-    assert re.search(r"For 10 s .* with 'batch, shards 0, 1' of step \d+;", printed(workdir, 0))
-    assert gone(worker)
+    stop_worker(tmp_path / "run")
