@@ -104,7 +104,7 @@ def _value(config, name):
 
 
 def _check_words(name, value, words):
-    for word in (value,) if isinstance(value, str) or value is None else value:
+    for word in value if isinstance(value, tuple | list) else (value,):
         if word not in words:
             near = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
             mean = f" Did you mean {near[0]!r}?" if near else ""

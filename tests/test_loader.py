@@ -314,6 +314,7 @@ def test_captions_longer_than_a_row_are_cut_with_a_warning(open_loader, caplog):
         (dict(rows=6, shards=4), 1, "data.rows=6 must be a multiple of data.shards=4. Nearest: 8"),
         (dict(rows=4, shards=4), 3, "data.shards=4 must be a multiple of the number of processes=3. Nearest: 6"),
         (dict(rows=4, shards=4, workers=5), 1, "data.workers=5 is more than the 4 shards"),
+        (dict(kind="clips"), 1, "data.kind='clips' needs data.root, a folder of videos and images"),
         (dict(kind="shape"), 1, "data.kind='shape' is not known. Allowed: 'shapes', 'clips'"),
     ],
 )

@@ -63,7 +63,7 @@ def hang(workdir, process, patience=10):
     """A run of two, the data of one of which hang; how many seconds after that one the other had ended."""
     rest = {"log_every": 1, "eval_every": 0, "checkpoint_every": 100}
     own = {i: [f"--patience={patience}"] for i in (0, 1)}
-    both = start(workdir, program=(STUCK, str(process), "60"), own=own, **rest)
+    both = start(workdir, program=(STUCK, str(process), "16"), own=own, **rest)
     try:
         code = ended([both[process]])[0]
         began = time.monotonic()
