@@ -99,7 +99,7 @@ def test_the_commands_themselves(tmp_path, command):
     where = f"--workdir={tmp_path / 'run'}" if command == "train" else "--topology=cpu:1"
     given = ["--config=configs/shapes.py", where, "--config.model.remat=ful"]
     command = [sys.executable, "-X", "importtime", "-m", f"dit_video.{command}", *given]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     wanted = "ValueError: model.remat='ful' is not known. Did you mean 'full'? Allowed: 'none', 'dots', 'full'."
     assert (done.returncode, done.stdout, said) == (1, "", [wanted])
