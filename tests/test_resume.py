@@ -217,9 +217,9 @@ def with_secret(folder):
 
 def keep_secrets(folder):
     """A run with tokens in its environment, and one that fails with a traceback; how many files they left, without."""
-    assert start(folder / "run", environment=SECRETS, steps=3).wait(600) == 0
+    assert start(folder / "run", environment=SECRETS).wait(600) == 0
     (folder / "failed" / "metrics.jsonl").mkdir(parents=True)  # a folder where a file must be
-    assert start(folder / "failed", environment=SECRETS, steps=3).wait(600) == 1
+    assert start(folder / "failed", environment=SECRETS).wait(600) == 1
     assert "Traceback" in pathlib.Path(folder / "failed.log").read_text()
     left = {path.name for path in folder.rglob("*") if path.is_file()}
     assert {"config.json", "versions.json", "extra.json", "metrics.jsonl", "run.log", "index.html"} <= left
