@@ -110,11 +110,11 @@ def scan(root, limits=LIMITS, cache=None):
     known = _read_cache(cache) if cache is not None else {}
 
     def examine(name):
+        watchdog.moved()
         path = f"{root}/{name}"
         key = _cache_key(path, limits)
         if key is not None and known.get(name, {}).get("key") == key:
             return known[name]
-        watchdog.moved()
         try:
             media, report = check(path, limits)
         except MediaError as error:

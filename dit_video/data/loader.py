@@ -176,7 +176,7 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
 
     tokenise: caption -> ids_sxK. cache: see `make_source`. split: 'train', or 'validation', whose order is the same
     for all seeds, and whose clips are whole. Raises ValueError where rows, shards, processes and workers do not divide,
-    where data.drop or data.whole are no shares, or a clip fits no row.
+    where data.drop or data.whole are no shares, a clip fits no row, or a run's processes would read other clips.
     """
     data = config.data
     for name, whole, by, part in (
