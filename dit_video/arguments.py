@@ -1,12 +1,15 @@
-"""How commands that take a config read their flags: an unknown key is one line, before jax is loaded."""
+"""How commands that take a config read their flags: what is wrong is told in one line, before jax is loaded."""
 
 import sys
 
 from absl import app
 
+from dit_video.allowed import check_config
+
 
 def parse(config, argv):
-    """absl's parser, but an unknown key, or a config that cannot be read, is one line instead of a traceback.
+    """absl's parser, but an unknown key, a value that is none of its key's, or a config that cannot be read, is one
+    line instead of a traceback.
 
     config: the flag of `config_flags.DEFINE_config_file`.
     """
@@ -21,4 +24,8 @@ def parse(config, argv):
         sys.exit(f"the config has no such key: {text}" if of_a_key else text)
     if len(left) > 1:
         sys.exit(f"{left[1]!r} is no flag: flags begin with --, as in --config.steps=100.")
+    try:
+        check_config(config.value)
+    except ValueError as error:
+        sys.exit(f"ValueError: {error}")
     return left

@@ -52,15 +52,6 @@ def _require_steps(steps: int, shift: float) -> None:
         raise ValueError(f"steps={steps} and shift={shift}: give at least 1 step and a shift above 0.")
 
 
-SOLVERS = ("euler", "heun", "heun_full", "ab2")
-
-
-def require_solver(solver: str) -> None:
-    """Raises ValueError for a solver that `sample` has not."""
-    if solver not in SOLVERS:
-        raise ValueError(f"solver={solver!r} is not known. Allowed: {', '.join(map(repr, SOLVERS))}.")
-
-
 def sample(velocity_fn: Callable, patches: Patches, level_KxBxG, solver: str = "euler") -> Patches:
     """The patches at the schedule's last levels, by 'euler', 'heun', 'heun_full' or 'ab2'; one scan.
 
@@ -100,8 +91,9 @@ def sample(velocity_fn: Callable, patches: Patches, level_KxBxG, solver: str = "
         slope_BxNxP = spread(ratio_BxG[..., None], patches.group_BxN) * (v_BxNxP - last_v_BxNxP)
         return (moved(patches, next_level_BxG, v_BxNxP + slope_BxNxP), v_BxNxP, ds_BxG), None
 
-    require_solver(solver)
-    steps = dict(zip(SOLVERS, (euler, heun, heun, ab2), strict=True))
+    steps = {"euler": euler, "heun": heun, "heun_full": heun, "ab2": ab2}
+    if solver not in steps:
+        raise ValueError(f"solver={solver!r} is not known. Allowed: {', '.join(map(repr, steps))}.")
     return lax.scan(steps[solver], (patches, jnp.zeros_like(patches.x_BxNxP), zero_BxG), level_KxBxG[1:])[0][0]
 
 

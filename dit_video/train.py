@@ -2,8 +2,8 @@
 
 Trains, or goes on with, a run. Exit codes: 0 finished, 75 saved after SIGTERM or SIGINT (type the command again),
 1 anything else. On several hosts it is the same command on each: a TPU pod, SLURM and Open MPI say who is who; where
-nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do. A run goes on with the config that it was
-begun with; --allow_changed=optimizer.lr,data.fps takes these keys as they are now.
+nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do. One that no longer gets on ends the run. It
+goes on with the config that it was begun with; --allow_changed=optimizer.lr,data.fps takes these keys as they are now.
 """
 
 import functools
@@ -19,16 +19,20 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; with --coordinator.")
 ALLOWED = flags.DEFINE_list("allow_changed", [], "Keys, or whole sections, that a resumed run may have otherwise.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
+PATIENCE = flags.DEFINE_float(
+    "patience", 1800.0, "Seconds without getting on after which a process ends, with the reason.", 1.0
+)
 
 
 def main(_):
-    from dit_video import launch, trainer
+    from dit_video import launch, trainer, watchdog
     from dit_video.checkpoint import CheckpointError
 
     try:
         launch.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         launch.prepare()
-        trainer.train(CONFIG.value, WORKDIR.value, ALLOWED.value)
+        with watchdog.watch(PATIENCE.value):
+            trainer.train(CONFIG.value, WORKDIR.value, ALLOWED.value)
     except (ValueError, FloatingPointError, FileNotFoundError, CheckpointError) as error:
         launch.fail(error, expected=True)
     except Exception as error:

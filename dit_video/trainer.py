@@ -22,7 +22,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video import generate
+from dit_video import generate, watchdog
+from dit_video.allowed import check_config
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
 from dit_video.data.loader import make_loader, make_source
@@ -31,7 +32,6 @@ from dit_video.gallery import Sample, grow
 from dit_video.meter import Meter, by_level, count_compilations, global_work, matmul_peak
 from dit_video.metrics import MetricsWriter, Progress, read_metrics
 from dit_video.patches import Batch
-from dit_video.sampling import require_solver, uniform_levels
 from dit_video.sharding import batch_shardings, global_batch, make_mesh, row_share, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
 from dit_video.tasks import Layout, Request, check_request
@@ -48,16 +48,6 @@ class Preempted(SystemExit):
 
     def __init__(self):
         super().__init__(EXIT_PREEMPTED)
-
-
-def check_config(config) -> None:
-    """Raises ValueError for values that would fail, or be of no effect, only once the run is under way."""
-    for name in ("steps", "log_every", "checkpoint_every", "keep"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1.")
-    for name, value in (("text.dropout", config.text.dropout), ("optimizer.decay", config.optimizer.decay)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is a share: give 0 to 1.")
 
 
 def train(config, workdir, allow_changed=()) -> State:
@@ -127,6 +117,7 @@ def train(config, workdir, allow_changed=()) -> State:
         show = Progress(config.steps, start) if first else contextlib.nullcontext()
         with contextlib.closing(loader), open_writer as writer, show as progress:
 
+            @watchdog.phase("save")
             def save(step, loader_state, wait=False):
                 if first:
                     writer.flush()
@@ -180,6 +171,7 @@ def train(config, workdir, allow_changed=()) -> State:
             batch, work = global_batch(local, mesh), global_work(local, share[1])
             late, saved = None, start
             for step in range(start + 1, config.steps + 1):
+                watchdog.at_step(step)
                 with jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, key)
                 loader_state, done = loader.get_state(), (step, metrics, work)
@@ -239,6 +231,7 @@ def _held_out(config, run: Run, mesh, share) -> list[Batch]:
     return batches
 
 
+@watchdog.phase("evaluate")
 def _validate(evaluate, state: State, batches, key) -> dict[str, float]:
     one = lambda i, batch: evaluate(state.ema, batch, jax.random.fold_in(key, i), state.frozen)
     sums = [jax.device_get(one(i, batch)) for i, batch in enumerate(batches)]
@@ -285,14 +278,9 @@ def parse_prompt(text: str, seed: int = 0) -> Request:
 
 
 def check_sample(config, run: Run) -> None:
-    """Raises ValueError for what the gallery would fail of once the run is under way: its settings and prompts."""
-    how = config.sample
-    uniform_levels(how.steps, how.shift)
-    require_solver(how.solver)
-    if len(how.interval) != 2 or not 0 <= how.interval[0] <= how.interval[1] <= 1:
-        raise ValueError(f"sample.interval={tuple(how.interval)} must be two levels, low and high, of 0 to 1.")
+    """Raises ValueError for what the gallery would fail of once the run is under way: its prompts."""
     layout = Layout(run.codec, tuple(config.model.patch), run.text.tokenise, config.data.group_by)
-    for seed, text in enumerate(how.prompts):
+    for seed, text in enumerate(config.sample.prompts):
         request = parse_prompt(text, seed)
         check_request(request, layout)
         if not (config.text.kind == "frozen" and config.text.encoder):  # which encodes it when it is asked for
@@ -362,6 +350,7 @@ def _write_weights(path, params, config, step: int) -> None:
         bf16(named[name])
 
 
+@watchdog.phase("sample", times=2)
 def _sample_gallery(config, workdir, writer, ema, step: int, mesh) -> None:
     requests = gallery_requests(config, cache=workdir / "media_cache.jsonl")
     trained = generate.Trained(ema, config, step, str(workdir))

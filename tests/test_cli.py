@@ -1,4 +1,4 @@
-"""What the commands say to wrong flags, how soon, and what they write for right ones."""
+"""What the commands say to wrong flags, and what they write for right ones. (Of a config: test_arguments.py.)"""
 
 import importlib
 import importlib.util
@@ -38,45 +38,18 @@ SPEC.loader.exec_module(SAMPLE)
 
 
 def run(module, *given):
-    """The command's exit code and output, and whether it imported jax."""
-    command = [sys.executable, "-X", "importtime", "-m", f"dit_video.{module}", *given]
+    """The command's exit code and output."""
+    command = [sys.executable, "-m", f"dit_video.{module}", *given]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True, timeout=200
     )
-    lines = (done.stdout + done.stderr).splitlines()
-    said = "\n".join(line for line in lines if not line.startswith("import time:"))
-    return done.returncode, said, any(line.endswith("| jax") for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        (["--config.optimizer.lrr=1"], ["no such key", "'lrr'", 'Did you mean "lr"']),
-        (["--config.optimzer.lr=1"], ["no such key", "'optimzer'", 'Did you mean "optimizer"']),
-        (["--config.stpes=1"], ["no such key", "'stpes'", 'Did you mean "steps"']),
-        (["--config.steps=abc"], ["--config.steps=abc", "invalid literal"]),
-        (["--config.optimizer.lr=fast"], ["--config.optimizer.lr=fast", "could not convert string to float"]),
-        (["--workdri=x"], ["Unknown command line flag 'workdri'", "Did you mean: workdir"]),
-        (["config.steps=3"], ["'config.steps=3' is no flag", "--config.steps=100"]),
-        (["--config=configs/shape.py"], ["configs/shape.py", "No such file or directory"]),
-        (["--config=configs/dit.py:M/2"], ["form 'M/2' is not known", "S/2, S/4, S/8, B/2"]),
-        (["--config=configs/shapes.py:qick"], ["form 'qick' is not known", "long, quick, tasks"]),
-    ],
-)
-def test_wrong_training_flags(tmp_path, given, words):
-    """One clear line, before jax is loaded, and nothing is begun."""
-    workdir = f"--workdir={tmp_path / 'run'}"
-    code, said, loaded_jax = run("train", "--config=configs/shapes.py", workdir, *given)
-    assert code in (1, 2) and not loaded_jax and "Traceback" not in said
-    assert not [word for word in words if word not in said], said
-    assert len(said.splitlines()) <= 3
-    assert not (tmp_path / "run").exists()
+    return done.returncode, (done.stdout + done.stderr).rstrip("\n")
 
 
 def test_a_config_that_cannot_run(tmp_path):
     """What only the trainer can know is one line too."""
     wrong = ["--config.data.rows=2", "--config.data.shards=2", "--config.optimizer.accumulate=4"]
-    code, said, _ = run("train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", *wrong)
+    code, said = run("train", "--config=configs/shapes.py", f"--workdir={tmp_path / 'run'}", *wrong)
     assert (code, said) == (
         1,
         "ValueError: data.rows=2 do not split into optimizer.accumulate=4 parts over mesh.data=1 x "
@@ -151,7 +124,7 @@ def test_where_there_is_no_run(tmp_path):
 def test_sample_command(weights, tmp_path):
     """A video leaves a PNG, a GIF, an mp4 and its frames, one frame a PNG alone; samples.json says how."""
     given = ["--prompt=a red circle", "--prompt=", "--size=16x24", "--frames=5", "--frames=1", "--fps=6"]
-    code, said, _ = run("sample", f"--weights={weights}", f"--out={tmp_path}", "--save=png", "--seed=3", *given)
+    code, said = run("sample", f"--weights={weights}", f"--out={tmp_path}", "--save=png", "--seed=3", *given)
     assert code == 0 and said.splitlines()[-1] == str(tmp_path / "index.html")
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     video = {f"000-a-red-circle.{kind}" for kind in ("png", "gif", "mp4")}

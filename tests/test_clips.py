@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import av
 import numpy as np
@@ -698,3 +699,33 @@ def test_mutated_files_end_no_run(tmp_path):
 @needs_media
 def test_many_mutated_files_end_no_run(tmp_path):
     survive_mutations(500, tmp_path)
+
+
+# What is kept of a scan
+
+
+def test_what_was_scanned_is_recalled_without_the_files(tmp_path):
+    """The list that another process has scanned, to the last stamp and caption, while no file can be read any more."""
+    folder, kept, rng = tmp_path / "clips", tmp_path / "cache.jsonl", np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("b", "a", "c"):
+        Image.fromarray(rng.integers(256, size=(16, 24, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"picture {name}")
+    (folder / "broken.mp4").write_bytes(b"no video")
+    media, report = clips.scan(folder, cache=kept)
+    assert [row["status"] for row in report] == ["ok", "ok", "rejected", "ok"]
+    for path in folder.glob("*.png"):
+        path.unlink()
+    assert clips.recall(folder, kept) == media and len(media) == 3
+    again = clips.ClipsSource(folder, max_tokens=64, min_side=8, cache=kept, scanned=True)
+    assert again.media == media and again.layout(1, 0).caption == "picture b"
+
+
+def test_reports_written_at_once_do_not_meet(tmp_path):
+    """Of hosts whose processes have one id, which threads of one process are: a report is there whole, and no rest."""
+    rows = [[{"file": f"{i}-{j}"} for j in range(200)] for i in range(8)]
+    with futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            list(pool.map(lambda part: clips.write_report(part, tmp_path / "report.jsonl"), rows))
+    found = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert found in rows and [path.name for path in tmp_path.iterdir()] == ["report.jsonl"]

@@ -9,8 +9,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = "dit_video"
 # From the bottom up; a new module takes its place here.
 LAYERS = (
-    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch", "arguments", "chips", "program"},
-    {"flow", "codecs", "text", "metrics", "sequence"},
+    {"patches", "attention", "sharding", "checkpoint", "gallery", "launch", "allowed", "watchdog", "chips", "program"},
+    {"arguments", "flow", "codecs", "text", "metrics", "sequence"},
     {"sampling"},
     {"model", "tasks", "data"},
     {"weights", "evaluation"},

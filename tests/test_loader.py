@@ -5,12 +5,17 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
+import signal
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
 import pytest
+from test_processes import children, ended, finish, printed, start, when
+from test_resume import complete, left_by
 
 from configs import base, clips, shapes
 from dit_video.codecs import make_codec, to_float
@@ -27,6 +32,7 @@ from dit_video.data.loader import (
     split_indices,
     take,
 )
+from dit_video.gallery import write_mp4, write_png
 from dit_video.patches import Clip, Grid, unpack
 from dit_video.text import words
 
@@ -308,6 +314,7 @@ def test_captions_longer_than_a_row_are_cut_with_a_warning(open_loader, caplog):
         (dict(rows=6, shards=4), 1, "data.rows=6 must be a multiple of data.shards=4. Nearest: 8"),
         (dict(rows=4, shards=4), 3, "data.shards=4 must be a multiple of the number of processes=3. Nearest: 6"),
         (dict(rows=4, shards=4, workers=5), 1, "data.workers=5 is more than the 4 shards"),
+        (dict(kind="clips"), 1, "data.kind='clips' needs data.root, a folder of videos and images"),
         (dict(kind="shape"), 1, "data.kind='shape' is not known. Allowed: 'shapes', 'clips'"),
     ],
 )
@@ -346,6 +353,40 @@ def test_a_worker_that_touches_jax_would_be_noticed(open_loader, monkeypatch):
     loader = open_loader(small_config(shards=1, rows=1, workers=1), tokenise_on_a_device, CODEC)
     with pytest.raises(RuntimeError, match="no_such_platform"):
         next(loader)
+
+
+def kill_worker(workdir):
+    """Kills a run's decoding worker; how many seconds later the run had ended, with the reason and nothing left."""
+    before = set(os.listdir("/dev/shm"))
+    (process,) = start(workdir, 1, **{"data.workers": 1})
+    when([process], lambda: complete(workdir) >= 3)
+    (worker,) = children(process)
+    os.kill(worker, signal.SIGKILL)
+    began = time.monotonic()
+    assert ended([process], 60) == [1], printed(workdir, 0)
+    seconds = time.monotonic() - began
+    assert "terminated unexpectedly with exit code -9" in printed(workdir, 0)
+    left = set(os.listdir("/dev/shm")) - before
+    deadline = time.monotonic() + 10  # what others, that run beside this, made meanwhile goes too
+    while (left := left & set(os.listdir("/dev/shm"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, f"shared memory is left: {left}"
+    return seconds
+
+
+def finish_with_worker(workdir, unbroken):
+    """Goes on with that run; AssertionError unless it leaves what `unbroken`, with threads, has left."""
+    finish(workdir, 1, **{"data.workers": 1})
+    found = left_by(workdir)
+    assert found | {"config": 0} == unbroken | {"config": 0}, "another outcome than an unbroken run's"
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run(tmp_path):
+    """Within 10 s, with the reason and no shared memory left; the same command then leaves what an unbroken run had."""
+    assert kill_worker(tmp_path / "run") < 10
+    finish(tmp_path / "unbroken", 1)
+    finish_with_worker(tmp_path / "run", left_by(tmp_path / "unbroken"))
 
 
 # A folder of real clips
@@ -413,3 +454,57 @@ def test_rows_of_the_clips_config_are_full(shared, tmp_path, open_loader):
     loader = open_loader(config, words.tokenise, make_codec(config.codec), cache=tmp_path / "scan.jsonl")
     patches, text, _ = planned_fill(loader._plan, 1000)
     assert patches >= 0.98 and text > 0.4
+
+
+# A folder that several processes read
+
+
+FOLDER = {"data.kind": "clips", "data.max_side": 48, "data.max_tokens": 64, "data.min_side": 8}
+
+
+@pytest.fixture(scope="module")
+def drawn_clips(tmp_path_factory):
+    """Four videos and a picture of random squares, with captions."""
+    folder, rng = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
+    for i, (frames, height, width) in enumerate(((9, 32, 48), (14, 48, 32), (9, 32, 32), (5, 16, 48), (1, 32, 32))):
+        video_TxYxXx3 = np.uint8(rng.integers(256, size=(frames, height // 8, width // 8, 3)).repeat(8, 1).repeat(8, 2))
+        if frames > 1:
+            write_mp4(folder / f"{i}.mp4", video_TxYxXx3, 8, scale=1)
+        else:
+            write_png(folder / f"{i}.png", video_TxYxXx3[0])
+        (folder / f"{i}.txt").write_text(f"clip number {i}")
+    return folder
+
+
+def start_on_two_folders(workdir, *folders):
+    own = {i: [f"--config.data.root={folder}"] for i, folder in enumerate(folders)}
+    rest = {"steps": 3, "log_every": 1, "eval_every": 0, "checkpoint_every": 3}
+    return start(workdir, own=own, **FOLDER, **rest)
+
+
+@pytest.mark.slow
+def test_one_process_scans_a_folder_for_all(tmp_path, drawn_clips):
+    """A file that the second process alone cannot read stays in its list, and is left out where it is asked for."""
+    theirs = shutil.copytree(drawn_clips, tmp_path / "theirs")
+    for i in range(3):
+        (theirs / f"{i}.mp4").write_bytes((theirs / f"{i}.mp4").read_bytes()[:100])
+    codes = ended(start_on_two_folders(tmp_path / "run", drawn_clips, theirs))
+    assert codes == [0, 0], printed(tmp_path / "run", 0) + printed(tmp_path / "run", 1)
+    report = [json.loads(line) for line in (tmp_path / "run" / "media.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in report] == ["ok"] * 5
+    cached = [json.loads(line)["report"] for line in (tmp_path / "run" / "media_cache.jsonl").read_text().splitlines()]
+    assert cached == report and not list((tmp_path / "run").glob("*.partial"))
+    assert "is left out" in printed(tmp_path / "run", 1) and "is left out" not in printed(tmp_path / "run", 0)
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_clips_are_named(tmp_path, drawn_clips):
+    """One caption is another on the second process: none trains, and both say which process differs."""
+    theirs = shutil.copytree(drawn_clips, tmp_path / "theirs")
+    (theirs / "3.txt").write_text("another clip")
+    codes = ended(start_on_two_folders(tmp_path / "run", drawn_clips, theirs))
+    assert 0 not in codes
+    said = [printed(tmp_path / "run", i) for i in (0, 1)]
+    # Both know; the one that ends first may take the other with it before that has spoken.
+    assert any("process 1 would read other clips or captions than process 0 (5 clips here" in text for text in said)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

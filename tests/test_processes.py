@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import test_resume as resume
-from test_resume import RUN, complete, left_by, writing
+from test_resume import RUN, TRAIN, complete, left_by, writing
 from test_trainer import TINY, assert_close
 
 from dit_video import generate
@@ -24,19 +24,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENDS = 30  # seconds within which the others must have ended, once one is dead
 
 
-def start(workdir, count=2, **overrides):
-    """The train command, `count` times; what each prints goes to WORKDIR.I.log."""
+def start(workdir, count=2, program=TRAIN, own=None, **overrides):
+    """The train command, `count` times, and `own` flags {I: [...]}; what each prints goes to WORKDIR.I.log."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         joined = [f"--coordinator=localhost:{probe.getsockname()[1]}", f"--num_processes={count}"]
     flags = [f"--config.{key}={value}" for key, value in (TINY | RUN | overrides).items()]
-    command = [sys.executable, "-m", "dit_video.train", "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
+    command = [sys.executable, *program, "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
     processes = []
     for i in range(count):
-        own = [*joined, f"--process_id={i}"] if count > 1 else []
+        more = ([*joined, f"--process_id={i}"] if count > 1 else []) + (own or {}).get(i, [])
         with open(f"{workdir}.{i}.log", "a") as log:
             env = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-            processes.append(subprocess.Popen([*command, *own], env=env, cwd=ROOT, stdout=log, stderr=log))
+            processes.append(subprocess.Popen([*command, *more], env=env, cwd=ROOT, stdout=log, stderr=log))
     return processes
 
 

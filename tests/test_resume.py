@@ -100,42 +100,50 @@ def unbroken(tmp_path_factory):
     return workdir, left_by(workdir)
 
 
-def kill_and_resume(workdir, kills, seed):
-    """Kills the run so many times, wherever it is, then lets it finish; how many kills hit a half-written checkpoint.
+def kill_and_resume(folder, kills, seed, unbroken):
+    """Kills runs so many times, wherever they are, and lets the last finish; how many hit a half-written checkpoint.
 
-    The first falls anywhere in the start; of the rest every other one falls while a checkpoint is written, and one at
-    a random moment after the run has got further.
+    Only what SIGKILL has ended counts. A run that finishes before that must be as `unbroken`, and another begins; so
+    must the last. Of a run's kills the first falls anywhere in its start; of the rest every other one falls while a
+    checkpoint is written, and one at a random moment after the run has got further.
     """
-    rng, torn = random.Random(seed), 0
-    for i in range(kills):
-        process, before = start(workdir), complete(workdir)
+    rng, torn, done, runs, i = random.Random(seed), 0, 0, 1, 0
+    while done < kills:
+        run = folder / f"run{runs}"
+        process, before = start(run), complete(run)
         if i == 0:
             time.sleep(rng.uniform(0, 4))
         elif i % 2:
-            wait_until(process, workdir, before + 1, lambda: writing(workdir))
+            wait_until(process, run, before + 1, lambda run=run: writing(run))
             time.sleep(rng.uniform(0, 0.03) if i > 1 else 0)
         else:
-            wait_until(process, workdir, min(before + 3 * rng.randint(0, 1 + 24 // kills), 30))
+            wait_until(process, run, min(before + 3 * rng.randint(0, 1 + 24 // kills), 30))
             time.sleep(rng.uniform(0, 0.5))
         process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0)
-        torn += writing(workdir)
-    code, printed = finish(workdir)
+        code = process.wait()
+        if code == -signal.SIGKILL:
+            done, torn, i = done + 1, torn + writing(run), i + 1
+        else:
+            assert code == 0, pathlib.Path(f"{run}.log").read_text()
+            assert_same(run, unbroken)
+            runs, i = runs + 1, 0
+    code, printed = finish(run)
     assert code == 0, printed
+    assert_same(run, unbroken)
+    assert torn >= kills // 4, f"{torn} of {kills} kills hit a half-written checkpoint: fewer than a quarter"
     return torn
 
 
 def test_killed_five_times(tmp_path, unbroken):
-    assert kill_and_resume(tmp_path / "run", 5, seed=0) >= 1
-    assert_same(tmp_path / "run", unbroken[1])
+    """Bit for bit, and at least one of them in the middle of a checkpoint."""
+    kill_and_resume(tmp_path, 5, 0, unbroken[1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_many_times(tmp_path, unbroken, seed):
-    """As often as the run has checkpoints, and twice over at each of its last."""
-    assert kill_and_resume(tmp_path / "run", 20, seed) >= 3
-    assert_same(tmp_path / "run", unbroken[1])
+    """As often as two runs have checkpoints."""
+    kill_and_resume(tmp_path, 20, seed, unbroken[1])
 
 
 def test_killed_before_what_the_last_step_leaves(tmp_path, unbroken):
@@ -178,9 +186,16 @@ def test_finished_runs_and_changed_configs(tmp_path, unbroken):
     code, printed = finish(workdir)
     assert code == 0 and "is finished: 32 of 32 steps" in printed
     assert_same(workdir, unbroken[1])
-    code, printed = finish(workdir, **{"optimizer.lr": 0.5, "model.depth": 1, "log_every": 5})
-    assert code == 1 and "Traceback" not in printed
-    assert "another config" in printed and "optimizer.lr: 0.002 -> 0.5" in printed and "model.depth: 2 -> 1" in printed
+    other = {"optimizer.lr": 0.5, "model.depth": 1, "data.rows": 4, "data.max_tokens": 96, "log_every": 5}
+    code, printed = finish(workdir, **other)
+    assert code == 1 and "Traceback" not in printed and "another config" in printed
+    for change in (
+        "optimizer.lr: 0.002 -> 0.5",
+        "model.depth: 2 -> 1",
+        "data.rows: 2 -> 4",
+        "data.max_tokens: 128 -> 96",
+    ):
+        assert change in printed
     assert "log_every" not in printed
     assert_same(workdir, unbroken[1])
     allowing = {"program": (*TRAIN, "--allow_changed=optimizer.lr,model.width")}
@@ -192,6 +207,38 @@ def test_finished_runs_and_changed_configs(tmp_path, unbroken):
     assert code == 0 and "from step 32 to 36" in printed and complete(workdir) == 36
     assert "ALLOWED TO CHANGE" in printed and "optimizer.accumulate: 1 -> 2 orders sums otherwise" in printed
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line][-2:] == [32, 36]
+
+
+NAMES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GOOGLE_API_KEY", "WANDB_API_KEY", "GITHUB_TOKEN", "PASSWORD")
+SECRETS = {name: f"planted-{name.lower()}-9f2c71" for name in NAMES}
+
+
+def with_secret(folder):
+    """The files below a folder that hold what was planted in the environment."""
+    return [
+        str(path.relative_to(folder))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
+    ]
+
+
+def keep_secrets(folder):
+    """A run with tokens in its environment, and one that fails with a traceback; how many files they left, without."""
+    assert start(folder / "run", environment=SECRETS).wait(600) == 0
+    (folder / "failed" / "metrics.jsonl").mkdir(parents=True)  # a folder where a file must be
+    assert start(folder / "failed", environment=SECRETS).wait(600) == 1
+    assert "Traceback" in pathlib.Path(folder / "failed.log").read_text()
+    left = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {"config.json", "versions.json", "extra.json", "metrics.jsonl", "run.log", "index.html"} <= left
+    assert not with_secret(folder), with_secret(folder)
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
+def test_secrets_of_the_environment_are_left_nowhere(tmp_path):
+    """In no config, log, checkpoint or page; a file with one would be found."""
+    keep_secrets(tmp_path)
+    (tmp_path / "run" / "note.txt").write_text(f"the token is {SECRETS['HF_TOKEN']}.")
+    assert with_secret(tmp_path) == ["run/note.txt"]
 
 
 def resources(workdir, steps):

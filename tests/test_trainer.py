@@ -122,6 +122,10 @@ class Tiny:
 
 @pytest.fixture(scope="module")
 def small():
+    return tiny_run()
+
+
+def tiny_run():
     """A tiny run on one device: its step compiled, its first state, awake, and its first batches."""
     run = make_run(tiny({"optimizer.kind": "adamw", "optimizer.warmup": 0, "optimizer.ema": 0.3}))
     key = jax.random.key(0)
@@ -392,11 +396,7 @@ def test_pictures_that_fail_do_not_end_a_run(tmp_path, monkeypatch, caplog, caps
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"sample.solver": "eulr"}, "solver='eulr' is not known. Allowed: 'euler', 'heun'"),
-        ({"sample.steps": 0}, "steps=0"),
-        ({"sample.shift": 0.0}, "shift=0.0"),
         ({"sample.interval": (0.8, 0.2)}, r"sample.interval=\(0.8, 0.2\) must be"),
-        ({"sample.interval": (0.0, 1.5)}, r"sample.interval=\(0.0, 1.5\) must be"),
         ({"sample.prompts": ("48x32: a red circle",)}, "is not of the form"),
         ({"sample.prompts": ("48x32x10@8: a red circle",)}, "frames=10 .* Nearest"),
         ({"sample.prompts": ("48x30x9@8: a red circle",)}, "30"),

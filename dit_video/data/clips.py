@@ -10,11 +10,13 @@ import hashlib
 import json
 import mimetypes
 import os
+import uuid
 from concurrent import futures
 
 import numpy as np
 from etils import epath
 
+from dit_video import watchdog
 from dit_video.data.decode import LIMITS, Media, MediaError, check, decode
 from dit_video.patches import Clip
 
@@ -99,8 +101,8 @@ def scan(root, limits=LIMITS, cache=None):
     names and the folder lacks are rejected too.
 
     cache: a JSON-lines path that keeps reports and time stamps; a file whose size and modification time are those
-    of the cache, under the same limits, is not decoded again. Several hosts should share one: a file that runs into
-    `limits.timeout_s` is used as far as the scan came, which depends on the machine's speed.
+    of the cache, under the same limits, is not decoded again. Of several hosts one should scan, for the others to
+    `recall`: a file that runs into `limits.timeout_s` is used as far as the scan came, which depends on the machine.
     """
     root = os.fspath(epath.Path(root))
     names, refused = list_files(root)
@@ -108,6 +110,7 @@ def scan(root, limits=LIMITS, cache=None):
     known = _read_cache(cache) if cache is not None else {}
 
     def examine(name):
+        watchdog.moved()
         path = f"{root}/{name}"
         key = _cache_key(path, limits)
         if key is not None and known.get(name, {}).get("key") == key:
@@ -128,16 +131,27 @@ def scan(root, limits=LIMITS, cache=None):
     report = [entry["report"] for entry in found]
     for name, reason in refused:
         report.append(dict(file=name, status="rejected", reason=reason, frames_decoded=0, frames_promised=None))
-    media = [
+    return _usable(root, found, captions), sorted(report, key=lambda row: row["file"])
+
+
+def recall(root, cache):
+    """[(Media, caption)] as a scan, of another process too, left them in its cache: no clip is opened."""
+    root = os.fspath(epath.Path(root))
+    found = sorted(_read_cache(cache).values(), key=lambda entry: entry["report"]["file"])
+    return _usable(root, found, read_captions(root))
+
+
+def _usable(root, found, captions):
+    return [
         (_media(root, entry), _caption(root, entry["report"]["file"], captions)) for entry in found if entry["media"]
     ]
-    return media, sorted(report, key=lambda row: row["file"])
 
 
 def write_report(rows, path):
     """Writes dicts as JSON lines, in one move: a reader never sees half a file."""
     path = epath.Path(path)
-    partial = path.parent / f"{path.name}.{os.getpid()}.partial"
+    # By chance: processes of several hosts may have the same id, in containers nearly always.
+    partial = path.parent / f"{path.name}.{uuid.uuid4().hex}.partial"
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
     partial.replace(path)
 
@@ -237,6 +251,7 @@ class ClipsSource:
     fps: rates to draw from, in frames per second, never above the file's own; None keeps the file's own frames and
     stamps, every n-th with n drawn from `strides` as far as the file is long enough. max_frames bounds the frames,
     min_side and max_side the sides in pixels. scan's report is in source.report. name tells sources apart in uid.
+    scanned: what the cache says of the files is taken as it is (`recall`), without a report.
     """
 
     def __init__(
@@ -255,16 +270,17 @@ class ClipsSource:
         limits=LIMITS,
         cache=None,
         name="clips",
+        scanned=False,
     ):
         if max_tokens < 1 or max_frames < 1 or max_side < max(patch):
             raise ValueError(
                 f"max_tokens={max_tokens}, max_frames={max_frames} and max_side={max_side} must hold one patch {patch}"
             )
-        self.media, self.report = scan(root, limits, cache)
+        self.media, self.report = (recall(root, cache), []) if scanned else scan(root, limits, cache)
         if not self.media:
             reasons = [f"{row['file']!r}: {row['reason']}" for row in self.report[:5]]
             raise ValueError(f"root={os.fspath(root)!r} holds no usable clip: {'; '.join(reasons) or 'it is empty'}")
-        self.errors = []
+        self.root, self.errors = os.fspath(epath.Path(root)), []
         self._seed, self._name, self._limits = seed, name, limits
         self._max_tokens, self._max_frames, self._patch, self._time_stride = max_tokens, max_frames, patch, time_stride
         self._min_side, self._max_side, self._fps, self._strides = min_side, max_side, fps, strides

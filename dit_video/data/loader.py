@@ -9,16 +9,24 @@ B rows in this process's batch, N patches per row, S text tokens per row, G grou
 
 import dataclasses
 import functools
+import hashlib
+import json
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import grain
 import jax
 import numpy as np
 from absl import flags, logging
+from etils import epath
+from jax.experimental import multihost_utils
 
+from dit_video import watchdog
 from dit_video.codecs import Pixels, check_frames, to_float
 from dit_video.data.clips import ClipsSource
 from dit_video.data.decode import MediaError
@@ -30,6 +38,8 @@ LOW_PRIORITY = 10  # niceness of the loader's threads
 VALIDATION_SEED = 2**31 - 1  # draws validation's clips and their order, whatever the run's seed
 HELD_OUT = 20  # one file in so many of a folder is for validation
 DROPPED = 0x64726F70  # the stream that what is left out is drawn from
+LAG = 60  # seconds after which a file system must show what another host has written
+FIRST_CLIPS = 256  # of the order, which processes compare
 EMPTY_ROWS = 20  # rows one after the other without a readable clip, before the run stops
 
 
@@ -80,10 +90,11 @@ class Waiting:
     visible_size: tuple[int, int, int]
 
 
-def make_source(config, split: str = "train", cache=None):
+def make_source(config, split: str = "train", cache=None, scanned: bool = False):
     """The clips that `config.data` asks for; those of 'validation' are the same whatever the seed.
 
-    cache: a path where a folder's scan is kept, so that it is decoded whole only once.
+    cache: a path where a folder's scan is kept, so that it is decoded whole only once. scanned: another process has
+    just been through the folder, and its cache is taken as it is.
     """
     if split not in ("train", "validation"):
         raise ValueError(f"split={split!r} is not known. Allowed: 'train', 'validation'.")
@@ -91,6 +102,8 @@ def make_source(config, split: str = "train", cache=None):
     if data.kind == "shapes":
         return ShapesSource(seed, split, data.pair_share, data.still_share, data.large)
     if data.kind == "clips":
+        if not data.root:
+            raise ValueError("data.kind='clips' needs data.root, a folder of videos and images.")
         (st, sy, sx), (_, py, px) = config.codec.stride, config.model.patch
         return ClipsSource(
             data.root,
@@ -104,8 +117,58 @@ def make_source(config, split: str = "train", cache=None):
             max_frames=data.max_frames,
             cache=cache,
             name=f"clips/{split}",
+            scanned=scanned,
         )
     raise ValueError(f"data.kind={data.kind!r} is not known. Allowed: 'shapes', 'clips'.")
+
+
+def make_source_together(config, split: str, cache):
+    """`make_source` in all of a run's processes, each of which calls it: the first scans a folder, for all.
+
+    Raises ValueError where another does not get to see the cache that the first has written.
+    """
+    if not jax.distributed.is_initialized() or config.data.kind != "clips" or cache is None:
+        return make_source(config, split, cache)
+    cache, first = epath.Path(cache), jax.process_index() == 0
+    with watchdog.phase("scan", times=1 if first else math.inf), futures.ThreadPoolExecutor(1) as pool:
+        jobs = [pool.submit(make_source, config, split, cache)] if first else []
+        # All ask again and again: a scan may take hours, and collectives of some backends wait for minutes at most.
+        while not multihost_utils.process_allgather(np.int32(bool(jobs and futures.wait(jobs, 5).done))).any():
+            pass
+    if first:
+        source = jobs[0].result()
+        multihost_utils.process_allgather(_digest(cache.read_bytes()))
+        return source
+    wanted = multihost_utils.process_allgather(_digest(b""))[0]
+    deadline = time.monotonic() + LAG
+    while not cache.exists() or (_digest(cache.read_bytes()) != wanted).any():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{cache} is not what process 0 wrote there, but process {jax.process_index()} must read it. Give all "
+                "processes one workdir, on a disk that all can see."
+            )
+        time.sleep(1)
+    return make_source(config, split, cache, scanned=True)
+
+
+def require_same_clips(plan: Plan) -> None:
+    """Raises ValueError, and names them, where processes have other clips, captions or another order than the first."""
+    if not jax.distributed.is_initialized():
+        return
+    clips, root = getattr(plan.source, "media", []), getattr(plan.source, "root", "")
+    described = [[m.path.removeprefix(root), m.height, m.width, len(m.stamps), caption] for m, caption in clips]
+    described += [plan.order[i] for i in range(FIRST_CLIPS)]
+    found = multihost_utils.process_allgather(_digest(json.dumps(described).encode()))
+    others = [str(i) for i, digest in enumerate(found) if (digest != found[0]).any()]
+    if others:
+        raise ValueError(
+            f"process {', '.join(others)} would read other clips or captions than process 0 ({len(clips)} clips here, "
+            f"in process {jax.process_index()}), or in another order. Give all the same flags, files and packages."
+        )
+
+
+def _digest(content: bytes) -> np.ndarray:
+    return np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), np.uint32)
 
 
 def make_loader(config, tokenise, codec, split="train", process_index=0, process_count=1, cache=None) -> "Loader":
@@ -113,7 +176,7 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
 
     tokenise: caption -> ids_sxK. cache: see `make_source`. split: 'train', or 'validation', whose order is the same
     for all seeds, and whose clips are whole. Raises ValueError where rows, shards, processes and workers do not divide,
-    where data.drop or data.whole are no shares, or a clip fits no row.
+    where data.drop or data.whole are no shares, a clip fits no row, or a run's processes would read other clips.
     """
     data = config.data
     for name, whole, by, part in (
@@ -130,7 +193,7 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
     if not 0 <= data.whole <= 1:
         raise ValueError(f"data.whole={data.whole} is a share: give 0 to 1.")
     steps = config.steps - int(data.whole * config.steps) if high and split == "train" else 0
-    source = make_source(config, split, cache)
+    source = make_source_together(config, split, cache)
     plan = Plan(
         source=source,
         indices=split_indices(source, split),
@@ -147,6 +210,7 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
         drop=(low, high),
         dropping=steps * (data.rows // data.shards),
     )
+    require_same_clips(plan)
     own = data.shards // process_count
     return Loader(plan, range(process_index * own, (process_index + 1) * own), data.workers)
 
@@ -193,7 +257,7 @@ class Loader:
             )
         self._plan, self._shards, self._workers = plan, tuple(shards), workers
         self._states = {str(v): {"place": 0, "waiting": [], "skipped": 0, "row": 0} for v in shards}
-        self._parts = []
+        self._parts = []  # (shards, iterator)
         # Clips that fit nowhere are found now, not hours later, as far as the start of the order can tell.
         for v in shards:
             for place in range(plan.waiting):
@@ -205,8 +269,13 @@ class Loader:
     def __next__(self) -> Batch:
         if not self._parts:
             self._parts = self._start()
-        batches, states = zip(*[next(part) for part in self._parts])
-        self._states = {v: state for part in states for v, state in part.items()}
+        batches, states = [], {}
+        for shards, part in self._parts:
+            with watchdog.phase(f"batch, shards {', '.join(shards)}", times=1):
+                batch, after = next(part)
+            batches.append(batch)
+            states |= after
+        self._states = states
         return batches[0] if len(batches) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *batches)
 
     def _start(self):
@@ -219,10 +288,11 @@ class Loader:
             rows = Rows(self._plan, {v: self._states[v] for v in map(str, own)})
             if self._workers:
                 options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=AHEAD)
-                parts.append(iter(rows.mp_prefetch(options)))
+                part = iter(rows.mp_prefetch(options))
             else:
-                parts.append(iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=AHEAD)))
-        for part in parts:
+                part = iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=AHEAD))
+            parts.append((tuple(map(str, own)), part))
+        for _, part in parts:
             part.start_prefetch()
         return parts
 
@@ -252,7 +322,7 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads and worker processes."""
-        for part in self._parts:
+        for _, part in self._parts:
             part.close()
         self._parts = []
 

@@ -2,7 +2,7 @@
 
 Puts a tiny run through every fault of training, checkpoints and processes that it can make itself. What counts as
 "nothing lost" is what the tests hold a run to: their functions do it here, more often. The full count takes hours of
-one core; --kills=10 --flips=300 --steps=1000 --peers=1 a quarter of one.
+one core; --kills=10 --flips=300 --steps=1000 --workers=1 --peers=1 under one.
 
 Each round is kept in WORKDIR/rounds.jsonl once it is done: the same command, however it ended, goes on from there, and
 WORKDIR/README.md, the table of this folder's README.md, tells what all rounds so far gave. After a change to the code
@@ -22,26 +22,32 @@ import sys
 import time
 
 import jax
+import pytest
 from absl import app, flags, logging
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the quick forms of the same faults
 
 import conftest  # noqa: E402, F401  eight devices of the host, for what the tests' modules make of them
+import test_arguments as arguments  # noqa: E402
+import test_loader as loader  # noqa: E402
 import test_processes as processes  # noqa: E402
 import test_resume as resume  # noqa: E402
+import test_trainer as trainer  # noqa: E402
+import test_watchdog as watchdog  # noqa: E402
 from test_checkpoint import files_of, flip, spoil  # noqa: E402
 
 from dit_video.checkpoint import find_damage  # noqa: E402
 
 KILLS = flags.DEFINE_integer("kills", 200, "kill -9 of one process.")
 FLIPS = flags.DEFINE_integer("flips", 300, "Single bits of a checkpoint.")
+WORKERS = flags.DEFINE_integer("workers", 20, "kill -9 of a decoding worker.")
 PEERS = flags.DEFINE_integer("peers", 5, "Deaths of one of two processes, for each role and moment.")
 STEPS = flags.DEFINE_integer("steps", 10_000, "Steps of the long run.")
 ONLY = flags.DEFINE_list("only", [], "Some of the faults, by their names in FAULTS; of the others what is known.")
 WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Where the rounds are kept.")
 
-KILLS_A_RUN = 10
+KILLS_A_ROUND = 10  # and as many runs as that takes
 HEAD = """# What is lost when something breaks?
 
     {command}
@@ -67,15 +73,11 @@ class NotDone(Exception):
 def kills(unbroken, once):
     """kill -9 at any moment, every other one while a checkpoint is being written."""
 
-    def kill(folder, count, seed):
-        torn = resume.kill_and_resume(folder / "run", count, seed)
-        resume.assert_same(folder / "run", unbroken[1])
-        return torn
-
     done = torn = 0
     while done < KILLS.value:
-        count, seed = min(KILLS_A_RUN, KILLS.value - done), done // KILLS_A_RUN
-        torn += once(f"{count} of seed {seed}", lambda folder, count=count, seed=seed: kill(folder, count, seed))
+        count, seed = min(KILLS_A_ROUND, KILLS.value - done), done // KILLS_A_ROUND
+        do = lambda folder, count=count, seed=seed: resume.kill_and_resume(folder, count, seed, unbroken[1])
+        torn += once(f"{count} of seed {seed}", do)
         done += count
         yield done, f"{done} resumed, the same; {torn} of them had hit a half-written checkpoint"
 
@@ -206,6 +208,69 @@ def disk(unbroken, once):
     yield (0, refused) if refused else (1, done)
 
 
+def gradients(unbroken, once):
+    """A gradient that is not finite; ten in a row."""
+    once("one", lambda folder: trainer.test_a_bad_gradient_moves_the_step_alone(trainer.tiny_run()))
+    yield 1, "nothing moved but the step, and it was counted"
+    once("ten", trainer.test_ten_bad_steps_stop_the_run)
+    yield 2, "nothing moved but the step, and each was counted; after ten exit with the reason, and none was saved"
+
+
+def changed(unbroken, once):
+    """The same workdir with another model, optimizer and data."""
+    once("one", lambda folder: resume.test_finished_runs_and_changed_configs(folder, unbroken))
+    yield 1, "refused, with each key's old and new value; nothing touched"
+
+
+def typos(unbroken, once):
+    """Flags and values that are wrong."""
+    slowest = once("all", lambda folder: arguments.refuse_all())
+    count = len(arguments.WRONG)
+    yield count, f"{count} refused in a line or two before jax was loaded, the slowest after {slowest:.1f} s"
+
+
+def secrets(unbroken, once):
+    """Tokens in the environment of a run, and of one that fails."""
+    count = once("both", resume.keep_secrets)
+    yield len(resume.SECRETS), f"in none of {count} files: configs, logs, checkpoints, galleries"
+
+
+def workers(unbroken, once):
+    """SIGKILL of a decoding worker."""
+
+    def kill(folder):
+        seconds = loader.kill_worker(folder / "run")
+        assert seconds < 10, f"the run had ended only after {seconds:.1f} s"
+        loader.finish_with_worker(folder / "run", unbroken[1])
+        return seconds
+
+    slowest = 0.0
+    for done in range(1, WORKERS.value + 1):
+        slowest = max(slowest, once(f"{done}", kill))
+        said = (
+            f"the run had ended, and said so, after {slowest:.1f} s at most, no shared memory left; resumed, the same"
+        )
+        yield done, said
+
+
+def stuck(unbroken, once):
+    """SIGSTOP of a decoding worker; --patience=10."""
+    seconds = once("one", lambda folder: watchdog.stop_worker(folder / "run"))
+    yield 1, f"the run had ended after {seconds:.1f} s, and named the shards and the step"
+
+
+def hung(unbroken, once):
+    """Data that hang for ever in one of two processes, each role; --patience=10."""
+    slowest = 0.0
+    for process in (0, 1):
+        do = lambda folder, process=process: watchdog.hang(folder / "run", process)
+        slowest = max(slowest, once(f"process {process}", do))
+        yield (
+            process + 1,
+            f"it named itself, its shards and the step; the other had ended {slowest:.1f} s later at most",
+        )
+
+
 def peers(unbroken, once):
     """SIGKILL of one of two processes, each role, in step, save and restore."""
 
@@ -266,7 +331,11 @@ def long(unbroken, once):
 
 
 FAULTS = {
-    f.__name__: f for f in (kills, signals, flips, missing, fallback, disk, peers, preempted, stalled, devices, long)
+    f.__name__: f
+    for f in (
+        *(kills, signals, flips, missing, fallback, disk, gradients, changed, typos, secrets),
+        *(workers, stuck, hung, peers, preempted, stalled, devices, long),
+    )
 }
 
 
@@ -323,7 +392,7 @@ def keep_rounds(workdir, fault):
             try:
                 found |= {"figure": do(folder), "lost": None}
                 shutil.rmtree(folder)
-            except AssertionError as error:  # its folder stays, to look at
+            except (AssertionError, pytest.fail.Exception) as error:  # its folder stays, to look at
                 found |= {"figure": None, "lost": f"{name}: {' '.join(str(error).split())[:500]}"}
             known[fault, name] = found | {"seconds": round(time.monotonic() - began)}
             with path.open("a") as file:
@@ -345,7 +414,7 @@ def write_table(workdir, outcomes):
     for name, (count, outcome) in outcomes.items():
         minutes = sum(found["seconds"] for found in rounds if found["fault"] == name) / 60
         rows.append(f"| {' '.join(FAULTS[name].__doc__.split())} | {count} | {outcome} | {minutes:.1f} |\n")
-    asked = [f"--{flag.name}={flag.value}" for flag in (KILLS, FLIPS, PEERS, STEPS)]
+    asked = [f"--{flag.name}={flag.value}" for flag in (KILLS, FLIPS, WORKERS, PEERS, STEPS)]
     head = HEAD.format(
         command=" ".join(["python -m experiments.faults", *asked]),
         where="; ".join(sorted({found["where"] for found in rounds} or {where()})),
