@@ -169,5 +169,6 @@ def get_config() -> ml_collections.ConfigDict:
     sample.guidance_given = 0.0  # scale where a picture or a video is given, but to roll out; 0 = guidance
     sample.interval = (0.0, 1.0)  # levels where guidance acts
     sample.history = 1.0  # guidance scale of what is known; 1 = none, any other doubles the cost
+    sample.history_given = 0.0  # scale where a picture or a video is given, but to roll out; 0 = history
     sample.prompts = ()  # of the run's gallery, 'WxHxT@FPS: text'; empty = the data's own
     return config

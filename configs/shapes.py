@@ -38,5 +38,5 @@ def get_config(form="long"):
         config.steps = 12_500
         config.flow.causal_share, config.model.window = 0.1, 3
         config.model.canvas_most = 64.0
-        config.sample.guidance_given = 1.5
+        config.sample.guidance_given, config.sample.history_given = 1.5, 1.5
     return config

@@ -54,7 +54,10 @@ INTERVALS = {
     "[0, 1)": "data.drop optimizer.b1 optimizer.b2 optimizer.ema",
     "(0, 1]": "model.s_min",
     "[-1, inf)": "mesh.data",
-    "(-inf, inf)": "model.pos_offset flow.mean flow.deviation sample.guidance sample.guidance_given sample.history",
+    "(-inf, inf)": (
+        "model.pos_offset flow.mean flow.deviation sample.guidance sample.guidance_given sample.history "
+        "sample.history_given"
+    ),
 }
 WHOLE = {"codec.stride", "model.patch"}  # tuples of whole numbers; of other keys the config holds the type
 LENGTHS = {

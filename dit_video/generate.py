@@ -127,7 +127,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     """The requests' videos, each uint8 TxYxXx3, sampled packed in shared batches, whatever their tasks.
 
     trained: Trained, or what `load` takes. settings: any key of config.sample (steps, solver, shift, guidance,
-    interval, history) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone
+    interval, ...) and `row`, the patches of a row, in place of the config's. A request gives the same sample alone
     or packed with others, up to float rounding. Raises ValueError, before anything is compiled, for one that cannot be
     laid out, and where the model has no autoencoder.
     """
@@ -138,7 +138,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             "(codec.kind='latents'): write the latents (--save=latents, sample_latents)."
         )
     how, layout, level_K = _prepare(requests, trained, settings)
-    scale = {i: guidance_of(request, how) for i, request in enumerate(requests)}
+    scale = {i: scales_of(request, how) for i, request in enumerate(requests)}
 
     def solve(tasks: dict[int, Task]) -> dict[int, np.ndarray]:
         if not tasks:
@@ -173,7 +173,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     }
     videos = done(tasks)
     made = {i: dataclasses.replace(requests[i], videos=(videos[i],)) for i in unmade}
-    scale |= {i: guidance_of(request, how) for i, request in made.items()}
+    scale |= {i: scales_of(request, how) for i, request in made.items()}
     videos |= done({i: loop(request, layout, level_K) for i, request in made.items()})
     videos |= _roll_out({i: requests[i] for i in rolled}, rolled, layout, level_K, how.steps, solve)
     if causal:
@@ -189,7 +189,7 @@ def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) 
     if others := sorted({task_of(request) for request in requests} - {"text"}):
         raise ValueError(f"latents are left undecoded for tasks of text alone, and these are {others}.")
     tasks = [text_to_video(request, layout, level_K) for request in requests]
-    scales = [guidance_of(request, how) for request in requests]
+    scales = [scales_of(request, how) for request in requests]
     return _pack_and_solve(tasks, scales, _placed(trained, mesh), how, mesh)[0] if tasks else []
 
 
@@ -198,17 +198,19 @@ def settings_of(config, settings: dict) -> ml_collections.ConfigDict:
     defaults = {"row": config.data.length} | config.sample.to_dict()
     if unknown := set(settings) - set(defaults):
         raise ValueError(f"settings {sorted(unknown)} are not known. Allowed: {sorted(defaults)}.")
-    if "guidance" in settings:  # asked for, and so of all requests
-        defaults["guidance_given"] = 0.0
+    for name in set(settings) & {"guidance", "history"}:  # asked for, and so of all requests
+        defaults[f"{name}_given"] = 0.0
     return ml_collections.ConfigDict(defaults | settings)
 
 
-def guidance_of(request: Request, how) -> float:
-    """The request's own scale, or the settings' for its kind: what is given says what else a prompt alone does."""
-    if request.guidance is not None:
-        return request.guidance
-    given = request.image_YxXx3 is not None or len(request.videos) > 0
-    return how.guidance_given if given and how.guidance_given and task_of(request) != "rollout" else how.guidance
+def scales_of(request: Request, how) -> tuple[float, float]:
+    """(guidance, history): the request's own, or the settings' for its kind.
+
+    What is given says what else a prompt alone does; a roll-out gives itself to itself, and so counts with text.
+    """
+    given = (request.image_YxXx3 is not None or len(request.videos) > 0) and task_of(request) != "rollout"
+    guidance, history = (given and how[f"{name}_given"] or how[name] for name in ("guidance", "history"))
+    return guidance if request.guidance is None else request.guidance, history
 
 
 def _placed(trained: Trained, mesh) -> Trained:
@@ -298,8 +300,8 @@ def _roll_out_causally(requests, starts, layout: Layout, scales, trained: Traine
     return [np.concatenate(video)[: request.frames] for video, request in zip(videos, requests)]
 
 
-def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Trained, how, mesh, caches=None):
-    """The tasks' latents_TxYxXxC, each guided by its scale: packs them in rows, and the rows in batches of one size.
+def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[tuple], trained: Trained, how, mesh, caches=None):
+    """The tasks' latents_TxYxXxC, each guided by its two scales: packs them in rows, batched by one size.
 
     caches: of a causal roll-out, those of the batches after the frames before, [] at first. Returns the list of latents
     and the caches after these.
@@ -317,13 +319,13 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
     batch, places = pack(packed, length, groups, tokens)
 
     level_KxBxG = np.zeros((len(tasks[0].level_Kxg), len(rows), groups), np.float32)
-    scale_BxG = np.ones((len(rows), groups), np.float32)
+    scale_2xBxG = np.ones((2, len(rows), groups), np.float32)  # of guidance and of history
     grids = {}
     for b, row in enumerate(rows):
         for seg, i in enumerate(row, start=1):
             mine_G = batch.patches.seg_BxG[b] == seg
             level_KxBxG[:, b, mine_G] = tasks[i].level_Kxg
-            scale_BxG[b, mine_G] = scales[i]
+            scale_2xBxG[:, b, mine_G] = np.float32(scales[i])[:, None]
             grids[i] = dataclasses.replace(tasks[i].grid, row=b, offset=places[b][seg - 1][1])
 
     course_BxNxP = None
@@ -333,14 +335,14 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
             if task.course_nxP is not None:
                 course_BxNxP[grid.row, grid.offset : grid.offset + grid.size] = task.course_nxP
 
-    guide = bool((scale_BxG != 1).any())
+    guide, recall = map(bool, (scale_2xBxG != 1).any((1, 2)))
     if caches is not None:
         block_BxN = np.where(batch.patches.seg_BxN != 0, batch.patches.frame_BxN + 1, 0).astype(np.int32)
         batch = dataclasses.replace(batch, patches=dataclasses.replace(batch.patches, block_BxN=block_BxN))
         model = make_model(config, make_codec(config.codec).channels)
         # Both conditions of guidance have a past of their own.
         caches = caches or [empty_cache(model, at_once * (1 + guide), length) for _ in range(0, len(rows), at_once)]
-    run = _sampler(config.to_json(), how.solver, tuple(how.interval), guide, float(how.history), largest)
+    run = _sampler(config.to_json(), how.solver, tuple(how.interval), guide, recall, largest)
     put = lambda a, axis=0: a if mesh is None else jax.device_put(a, batch_sharding(mesh, axis))
     done, after = [], []
     for i, start in enumerate(range(0, len(rows), at_once)):
@@ -348,7 +350,8 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[float], trained: Tra
         some = jax.tree.map(lambda a, part=part: put(a[part]), batch)
         cache = caches[i] if caches else None
         course = None if course_BxNxP is None else put(course_BxNxP[part])
-        x_BxNxP, cache = run(trained.params, some, put(level_KxBxG[:, part], 1), put(scale_BxG[part]), course, cache)
+        levels, scale = put(level_KxBxG[:, part], 1), put(scale_2xBxG[:, part], 1)
+        x_BxNxP, cache = run(trained.params, some, levels, scale, course, cache)
         done.append(np.asarray(x_BxNxP))
         after.append(cache)
     return unpack(np.concatenate(done), [grids[i] for i in range(len(tasks))]), after
@@ -365,14 +368,14 @@ def _rows(tasks, length: int) -> list[list[int]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide: bool, history: float, span: int):
+def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide: bool, recall: bool, span: int):
     """The compiled sampler of a config; jit keeps one program per layout."""
     config = ml_collections.ConfigDict(json.loads(config_json))
     text = make_text(config.text)
     velocity = make_velocity(make_model(config, make_codec(config.codec).channels, span=span), config)
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def run(params, batch, level_KxBxG, scale_BxG, course_BxNxP, cache):
+    def run(params, batch, level_KxBxG, scale_2xBxG, course_BxNxP, cache):
         def encode(drop):
             ids, prompt = text.drop(batch.ids_BxSxK, batch.prompt_BxS, jnp.full(batch.prompt_BxS.shape, drop))
             return Cond(text.module.apply({"params": params["text"]}, ids, prompt), prompt)
@@ -382,11 +385,11 @@ def _sampler(config_json: str, solver: str, interval: tuple[float, float], guide
         velocity_fn = functools.partial(conditioned, cond=cond)
         if guide:
             uncond = encode(True)
-            velocity_fn = guided(conditioned, cond, uncond, scale_BxG, interval)
-        if history != 1:
+            velocity_fn = guided(conditioned, cond, uncond, scale_2xBxG[0], interval)
+        if recall:
             known_BxG = (level_KxBxG == 0).all(0) & (batch.patches.seg_BxG != 0)
             noise_BxNxP = patch_noise(jax.random.key(0), batch.patches.uid_BxN, batch.patches.x_BxNxP.shape[-1])
-            velocity_fn = recalled(velocity_fn, known_BxG, noise_BxNxP, history)
+            velocity_fn = recalled(velocity_fn, known_BxG, noise_BxNxP, scale_2xBxG[1])
         if course_BxNxP is not None:
             velocity_fn = led(velocity_fn, course_BxNxP)
         patches = integrate(velocity_fn, batch.patches, level_KxBxG, solver)

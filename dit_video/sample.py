@@ -39,7 +39,7 @@ CAUSAL = flags.DEFINE_bool("causal", None, "rollout: frame by frame, with a cach
 NUM = flags.DEFINE_integer("num", 1, "Samples of each, with seeds seed, seed + 1, ...", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; by default the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; by default the config's. 1 = none.")
-HISTORY = flags.DEFINE_float("history", None, "Guidance scale of what is known. 1 = none, the default.")
+HISTORY = flags.DEFINE_float("history", None, "Guidance scale of what is known; by default the config's. 1 = none.")
 SOLVER = flags.DEFINE_enum("solver", None, ["euler", "heun", "heun_full", "ab2"], "By default the config's.")
 SAVE = flags.DEFINE_enum(
     "save", "all", ["all", "png", "latents"], "png: every frame as a lossless PNG too; latents: an .npz, undecoded."
@@ -141,7 +141,7 @@ def main(argv):
         videos = generate.sample([one.request for one in wanted], trained, **asked_for)
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    how = {k: settings[k] for k in ("steps", "guidance", "guidance_given", "history", "solver")}
+    how = {k: settings[k] for k in ("steps", "guidance", "guidance_given", "history", "history_given", "solver")}
     made_by = {"config": config.name, "checkpoint_step": trained.step, "weights": trained.source}
     samples = [
         Sample(

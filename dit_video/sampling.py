@@ -120,8 +120,8 @@ def led(velocity_fn: Callable, course_BxNxP) -> Callable:
     return lambda patches: jnp.where(jnp.isnan(course_BxNxP), velocity_fn(patches), course_BxNxP)
 
 
-def recalled(velocity_fn: Callable, known_BxG, noise_BxNxP, scale: float) -> Callable:
-    """Guidance by what is known, v = v_0 + w (v_k - v_0) (vanilla history guidance; Song et al. 2025).
+def recalled(velocity_fn: Callable, known_BxG, noise_BxNxP, scale_BxG) -> Callable:
+    """Guidance by what is known, v = v_0 + w (v_k - v_0), per group (vanilla history guidance; Song et al. 2025).
 
     In v_0 the known groups are replaced by noise at level 1, so that the model sees nothing of them.
     """
@@ -134,6 +134,6 @@ def recalled(velocity_fn: Callable, known_BxG, noise_BxNxP, scale: float) -> Cal
             level_BxG=jnp.where(known_BxG, 1.0, patches.level_BxG),
         )
         v_0 = velocity_fn(forgotten)
-        return v_0 + scale * (velocity_fn(patches) - v_0)
+        return v_0 + spread(scale_BxG[..., None], patches.group_BxN) * (velocity_fn(patches) - v_0)
 
     return velocity

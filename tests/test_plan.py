@@ -220,7 +220,7 @@ def test_slices_share_a_network():
     [
         ({"data.shards": 3}, "data.rows=8 must be a multiple of data.shards=3"),
         ({"data.shards": 8, "data.workers": 9}, "data.workers=9 is more than the 8 shards"),
-        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"steps": 0}, "steps=0 must lie in"),
     ],
 )
 def test_what_train_refuses_is_not_planned(changes, message):

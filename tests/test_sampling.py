@@ -278,9 +278,10 @@ def test_guidance_by_what_is_known_extrapolates_from_without_it():
         level_BxG=np.float32([[1, 0.5, 0.7], [0.4, 0.6, 1]]),
     )
     v, v_0 = mixes(patches), mixes(forgotten)
-    for scale in (0.0, 1.0, 2.5):
-        found = jax.jit(recalled(mixes, known_BxG, noise_BxNxP, scale))(patches)
-        np.testing.assert_allclose(found, v_0 + scale * (v - v_0), atol=1e-5)
+    scale_BxG = np.float32([[0, 1, 2.5], [2.5, 0, 1]])
+    found = jax.jit(recalled(mixes, known_BxG, noise_BxNxP, scale_BxG))(patches)
+    scale_BxNx1 = np.take_along_axis(scale_BxG, GROUP_BxN, 1)[..., None]
+    np.testing.assert_allclose(found, v_0 + scale_BxNx1 * (v - v_0), atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "heun_full", "ab2"])

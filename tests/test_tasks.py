@@ -554,6 +554,18 @@ def test_guidance_by_what_is_known_leaves_it_as_it_is(trained, answers):
     (found,) = generate.sample([ALL_TASKS["forward"]], trained, history=3.0)
     moved = np.abs(made_by("forward", found).astype(int) - made_by("forward", answers["forward"]))
     assert moved.max() > 5  # where rounding moves by one
+    # By the config of what is given alone, a roll-out not; --history of all.
+    config = trained.config.copy_and_resolve_references()
+    config.sample.history_given = 3.0
+    rolled = Request("a", 24, 16, 22, task="rollout")
+    other = dataclasses.replace(trained, config=config)
+    by_config = generate.sample([ALL_TASKS["forward"], VIDEO, rolled], other)
+    plain = generate.sample([VIDEO], trained)[0]
+    assert levels_apart(by_config, [found, plain, answers["rollout"]]) <= 1
+    (asked,) = generate.sample([ALL_TASKS["forward"]], other, history=1.0)
+    assert levels_apart([asked], [answers["forward"]]) <= 1
+    (all_of_it,) = generate.sample([rolled], trained, history=3.0)
+    assert levels_apart([all_of_it], [answers["rollout"]]) > 20
 
 
 def test_a_timeline_of_one_prompt_is_that_prompt(trained, answers):
