@@ -136,6 +136,7 @@ def test_the_first_cell_clones_and_installs_and_leaves_jax_alone(tmp_path):
 def test_the_tour_shows_every_task_moving(settings, tmp_path):
     ran = execute("tour", tmp_path, settings)
     assert {line["task"] for line in ran.lines.values()} == {*TASKS, "rollout"} - {"text"}
+    assert any(line.get("causal") for line in ran.lines.values())
     sections = [i for i, cell in enumerate(read("tour")["cells"]) if source(cell).startswith("### ")]
     assert len(sections) == 9  # paint in and around share one, as do the loops and the directions
     for i in sections:

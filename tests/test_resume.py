@@ -162,13 +162,12 @@ def test_killed_before_what_the_last_step_leaves(tmp_path, unbroken):
     assert_same(workdir, unbroken[1])
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_stopped_by_a_signal(tmp_path, unbroken, asked):
+def test_stopped_by_a_signal(tmp_path, unbroken):
     """Exit code 75 and a checkpoint at the very step; the same command goes on, amid a line of metrics too."""
     workdir = tmp_path / "run"
     process = start(workdir)
     wait_until(process, workdir, 6)
-    process.send_signal(asked)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     stopped = complete(workdir)
     assert f"saved at step {stopped}" in pathlib.Path(f"{workdir}.log").read_text()
@@ -177,6 +176,38 @@ def test_stopped_by_a_signal(tmp_path, unbroken, asked):
     assert len(extra["meter"]) == stopped % 4
     assert finish(workdir)[0] == 0
     assert_same(workdir, unbroken[1])
+
+
+MOMENTS = {
+    "compilation": lambda run: "from step" in pathlib.Path(f"{run}.log").read_text(),
+    "step": lambda run: complete(run) >= 6,
+    "save": lambda run: complete(run) >= 6 and writing(run),
+    "evaluation": lambda run: complete(run) >= 6,
+}
+
+
+def stop_and_resume(folder, asked, moment, unbroken):
+    """A signal at one of MOMENTS, and the same command again."""
+    run, evaluating = folder / "run", moment == "evaluation"
+    more = {"eval_every": 1, "eval_batches": 10} if evaluating else {}  # nearly all of the time, then
+    process = start(run, **more)
+    wait_until(process, run, 0, lambda: MOMENTS[moment](run))
+    process.send_signal(asked)
+    code = process.wait(60)
+    assert code == 75, f"{asked.name} in {moment}: exit code {code}"
+    assert complete(run) > 0 and not writing(run), f"{asked.name} in {moment}: not saved"
+    assert finish(run, **more)[0] == 0
+    if evaluating:  # more lines than the unbroken run's
+        assert left_by(run)["state"] == unbroken["state"]
+    else:
+        assert_same(run, unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_stopped_by_a_signal_at_any_moment(tmp_path, unbroken, asked, moment):
+    stop_and_resume(tmp_path, asked, moment, unbroken[1])
 
 
 def test_finished_runs_and_changed_configs(tmp_path, unbroken):

@@ -84,31 +84,10 @@ def kills(unbroken, once):
 
 def signals(unbroken, once):
     """SIGTERM and SIGINT in compilation, step, save and evaluation."""
-    moments = {
-        "compilation": lambda run: "from step" in text_of(log_of(run)),
-        "step": lambda run: resume.complete(run) >= 6,
-        "save": lambda run: resume.complete(run) >= 6 and resume.writing(run),
-        "evaluation": lambda run: resume.complete(run) >= 6,
-    }
-
-    def stop(folder, asked, moment):
-        run, evaluating = folder / "run", moment == "evaluation"
-        more = {"eval_every": 1, "eval_batches": 10} if evaluating else {}  # nearly all of the time, then
-        process = resume.start(run, **more)
-        processes.when([process], lambda: moments[moment](run))
-        process.send_signal(asked)
-        code = processes.ended([process])[0]
-        assert code == 75, f"{asked.name} in {moment}: exit code {code}"
-        assert resume.complete(run) > 0 and not resume.writing(run), f"{asked.name} in {moment}: not saved"
-        assert resume.finish(run)[0] == 0
-        if evaluating:  # more lines than the unbroken run's
-            assert resume.left_by(run)["state"] == unbroken[1]["state"]
-        else:
-            resume.assert_same(run, unbroken[1])
-
-    asked_in = [(asked, moment) for asked in (signal.SIGTERM, signal.SIGINT) for moment in moments]
+    asked_in = [(asked, moment) for asked in (signal.SIGTERM, signal.SIGINT) for moment in resume.MOMENTS]
     for done, (asked, moment) in enumerate(asked_in, start=1):
-        once(f"{asked.name} in {moment}", lambda folder, asked=asked, moment=moment: stop(folder, asked, moment))
+        do = lambda folder, asked=asked, moment=moment: resume.stop_and_resume(folder, asked, moment, unbroken[1])
+        once(f"{asked.name} in {moment}", do)
         yield done, "all saved the step they were in and ended with 75; resumed, the same"
 
 
@@ -226,7 +205,8 @@ def typos(unbroken, once):
     """Flags and values that are wrong."""
     slowest = once("all", lambda folder: arguments.refuse_all())
     count = len(arguments.WRONG)
-    yield count, f"{count} refused in a line or two before jax was loaded, the slowest after {slowest:.1f} s"
+    when = f"{1000 * slowest:.0f} ms at most after the command's own modules were there"
+    yield count, f"{count} refused in a line or two, {when} and before jax was loaded"
 
 
 def secrets(unbroken, once):
