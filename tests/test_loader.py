@@ -5,11 +5,13 @@ import dataclasses
 import itertools
 import json
 import os
+import pathlib
 import shutil
 import signal
 import sys
 import threading
 import time
+from multiprocessing import shared_memory
 
 import jax
 import numpy as np
@@ -341,6 +343,14 @@ def test_workers_yield_the_same_and_never_initialise_a_jax_backend(open_loader, 
     loader = open_loader(config, words.tokenise, CODEC)
     assert_same(draw(loader, 3), expected)
     assert set(loader.get_state()) == {"0", "1"}
+    # Workers' memory is known by its name: what one leaves that is killed goes too, with or without a size.
+    memory = lambda: list(pathlib.Path("/dev/shm").glob(f"{loader._memory}*"))
+    assert memory()
+    left = shared_memory.SharedMemory(f"{loader._memory}left", create=True, size=8)
+    left.close()
+    pathlib.Path(f"/dev/shm/{loader._memory}empty").touch()
+    loader.close()
+    assert not memory()
 
 
 def tokenise_on_a_device(caption):

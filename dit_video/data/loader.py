@@ -7,17 +7,21 @@ nor that of workers changes what a row holds, and the states of all V shards are
 B rows in this process's batch, N patches per row, S text tokens per row, G groups per row; s text tokens of a clip.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
+import pathlib
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from multiprocessing import shared_memory
 
 import grain
 import jax
@@ -258,6 +262,7 @@ class Loader:
         self._plan, self._shards, self._workers = plan, tuple(shards), workers
         self._states = {str(v): {"place": 0, "waiting": [], "skipped": 0, "row": 0} for v in shards}
         self._parts = []  # (shards, iterator)
+        self._memory = f"dv{secrets.token_hex(2)}_"  # what its workers' shared memory is named after
         # Clips that fit nowhere are found now, not hours later, as far as the start of the order can tell.
         for v in shards:
             for place in range(plan.waiting):
@@ -288,7 +293,7 @@ class Loader:
             rows = Rows(self._plan, {v: self._states[v] for v in map(str, own)})
             if self._workers:
                 options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=AHEAD)
-                part = iter(rows.mp_prefetch(options))
+                part = iter(rows.mp_prefetch(options, functools.partial(_name_memory, self._memory)))
             else:
                 part = iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=AHEAD))
             parts.append((tuple(map(str, own)), part))
@@ -325,6 +330,33 @@ class Loader:
         for _, part in self._parts:
             part.close()
         self._parts = []
+        _free_memory(self._memory)
+
+
+def _name_memory(prefix: str, index: int, count: int) -> None:
+    """Names a worker's shared memory, so that what one leaves that is killed, between making and passing on, is found.
+
+    There is no public way to (Python 3.11 to 3.13 have this one); without, names are what they are.
+    """
+    if hasattr(shared_memory, "_SHM_NAME_PREFIX"):
+        shared_memory._SHM_NAME_PREFIX = f"/{prefix}"
+
+
+def _free_memory(prefix: str) -> None:
+    """Removes what ended workers have left in shared memory, but for what this process still reads."""
+    if left := [*pathlib.Path("/dev/shm").glob(f"{prefix}*")]:
+        read = pathlib.Path("/proc/self/maps").read_text()
+        for path in left:
+            if path.name in read:
+                continue
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                try:
+                    memory = shared_memory.SharedMemory(path.name)
+                except ValueError:  # killed before it had a size
+                    path.unlink()
+                else:
+                    memory.close()
+                    memory.unlink()
 
 
 class Rows(grain.IterDataset):

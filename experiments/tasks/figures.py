@@ -15,7 +15,7 @@ from dit_video.tasks import Request
 
 KNOWN = 5  # frames given to extend, and on the near side of what is connected
 FRAMES = 13  # of the longest clip trained on
-EDIT_STRENGTH = 0.6
+EDIT_STRENGTH, EDIT_GUIDANCE = 0.45, 4.0
 MARGIN = 2  # pixels around the object that is hidden
 SEAM, JUMP = 1.25, 1.5  # the largest step allowed across a seam, and in a connection, against the largest elsewhere
 
@@ -112,7 +112,8 @@ def paint_around(i: int) -> Case:
 def edit(i: int) -> Case:
     """The first object's colour is another in the prompt; the rest of the caption stays."""
     scene, width, height, fps = world(i)
-    source = _case(i, scene, width, height, fps, np.arange(FRAMES), slice(0), "edit", strength=EDIT_STRENGTH)
+    how = {"strength": EDIT_STRENGTH, "guidance": EDIT_GUIDANCE}
+    source = _case(i, scene, width, height, fps, np.arange(FRAMES), slice(0), "edit", **how)
     first, *others = scene.objects
     taken = {o.colour for o in scene.objects}
     free = [c for c in shapes.COLOURS if c not in taken and not shapes.held_out(dataclasses.replace(first, colour=c))]

@@ -7,6 +7,7 @@ All that the commands ask for is sampled at once, packed; a picture has the name
 were given have a white edge. Of a video longer than MOST frames the first SHOWN and the last stand side by side.
 """
 
+import dataclasses
 import pathlib
 import re
 import shlex
@@ -44,6 +45,7 @@ def asked_by(words: list[str], step_yx) -> tuple[str, Asked]:
     with flagsaver.flagsaver():
         flags.FLAGS(["sample", *words])
         (asked,) = [one for fields in command.fields_from_flags() for one in read(fields, step_yx)]
+        asked = dataclasses.replace(asked, request=dataclasses.replace(asked.request, guidance=command.GUIDANCE.value))
         return pathlib.Path(command.OUT.value).name, asked
 
 

@@ -107,7 +107,7 @@ STUDIES = {
         near(2) | {"background error": Goal("{:.3f}", most=0.05)},
     ),
     "edit": Study(
-        f"another colour, strength {figures.EDIT_STRENGTH}",
+        f"another colour, strength {figures.EDIT_STRENGTH}, guidance {figures.EDIT_GUIDANCE:g}",
         figures.edit,
         (figures.identity, figures.path(2)),
         {"colour": Goal(least=0.9)} | near(2),
