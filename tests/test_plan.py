@@ -408,6 +408,6 @@ def test_loops_within_loops_are_held_once():
 def test_memory_is_that_of_a_program_compiled_now():
     """Within 10%, of a ring of two layers, with blocks of queries and everything recomputed."""
     config = scale.get_config()
-    config.update_from_flattened_dict(OF_FOUR | ONE_ROW | {"model.depth": 2})
+    config.update_from_flattened_dict(OF_FOUR | ONE_ROW | {"model.depth": 2, "data.shards": 1})
     planned = planning.plan(config, "v5p:2x2x1", quick=True)
     assert sum(planned.memory.values()) == pytest.approx(planned.compiled["total"], rel=0.1)
