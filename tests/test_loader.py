@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import gc
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import shutil
@@ -363,6 +365,22 @@ def test_a_worker_that_touches_jax_would_be_noticed(open_loader, monkeypatch):
     loader = open_loader(small_config(shards=1, rows=1, workers=1), tokenise_on_a_device, CODEC)
     with pytest.raises(RuntimeError, match="no_such_platform"):
         next(loader)
+
+
+def test_a_worker_that_is_killed_is_told_and_leaves_nothing(open_loader):
+    loader = open_loader(small_config(shards=1, rows=1, workers=1), words.tokenise, CODEC)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RuntimeError, match="terminated unexpectedly with exit code -9"):
+        for _ in range(20):  # what it had made before may come first
+            next(loader)
+    loader.close()
+    gc.collect()  # of what was read some hangs on the error
+    deadline = time.monotonic() + 10  # and is removed by a thread
+    while (left := list(pathlib.Path("/dev/shm").glob(f"{loader._memory}*"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 def kill_worker(workdir):
