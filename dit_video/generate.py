@@ -335,7 +335,8 @@ def _pack_and_solve(tasks: Sequence[Task], scales: Sequence[tuple], trained: Tra
             if task.course_nxP is not None:
                 course_BxNxP[grid.row, grid.offset : grid.offset + grid.size] = task.course_nxP
 
-    guide, recall = map(bool, (scale_2xBxG != 1).any((1, 2)))
+    guide = bool((scale_2xBxG[0] != 1).any())
+    recall = bool(((scale_2xBxG[1] != 1) & (level_KxBxG == 0).all(0)).any())  # an edit may have nothing that is known
     if caches is not None:
         block_BxN = np.where(batch.patches.seg_BxN != 0, batch.patches.frame_BxN + 1, 0).astype(np.int32)
         batch = dataclasses.replace(batch, patches=dataclasses.replace(batch.patches, block_BxN=block_BxN))
