@@ -381,6 +381,9 @@ def _opaque(path, picture):
 
 # Videos: PyAV.
 
+# Tags that are no UTF-8 must not stop a sound file. From PyAV 19 on they never do, and nothing need be said of them.
+_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 
 def _container(file, limits):
     file.seek(0)
@@ -389,7 +392,7 @@ def _container(file, limits):
         "threads": "1",
         "protocol_whitelist": "none",  # a playlist must not reach other files, nor the network
     }
-    return av.open(file, options=options, metadata_errors="replace", timeout=limits.timeout_s)
+    return av.open(file, options=options, timeout=limits.timeout_s, **_LENIENT)
 
 
 def _stream(container, limits):
