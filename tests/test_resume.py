@@ -299,23 +299,31 @@ def test_secrets_of_the_environment_are_left_nowhere(tmp_path, unbroken):
     assert with_secret(tmp_path) == ["note.txt"]
 
 
+def memory_of(pids):
+    """How the names of the shared memory that processes have in use begin: as their loader's do, and no other's."""
+    maps = "".join(pathlib.Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+    return tuple({*re.findall(r"/dev/shm/(\w+_)", maps)})
+
+
 def kill_worker(workdir):
     """Kills one of a run's two decoding workers; how many seconds later the run had ended.
 
     With the reason; the other worker is gone, and no shared memory left.
     """
-    before = set(os.listdir("/dev/shm"))
     process = start(workdir, environment=SECRETS, **{"data.workers": 2})
     wait_until(process, workdir, 3)
-    workers = children(process)
+    workers, own = children(process), ()
+    while not own:
+        own = memory_of([process.pid, *workers])
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     began = time.monotonic()
     code, printed = process.wait(60), pathlib.Path(f"{workdir}.log").read_text()
     seconds = time.monotonic() - began
     assert code == 1 and "terminated unexpectedly with exit code -9" in printed, printed
-    left = lambda: [pid for pid in workers if not gone(pid)] + sorted(set(os.listdir("/dev/shm")) - before)
-    deadline = time.monotonic() + 10  # what others, that run beside this, made meanwhile goes too
+    memory = lambda: [name for name in os.listdir("/dev/shm") if name.startswith(own)]
+    left = lambda: [pid for pid in workers if not gone(pid)] + memory()
+    deadline = time.monotonic() + 10
     while left() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left(), f"processes or shared memory are left: {left()}"
@@ -339,14 +347,14 @@ def test_a_killed_worker_ends_the_run(tmp_path, unbroken):
     finish_with_workers(tmp_path / "run", unbroken[1])
 
 
-def resources(workdir, steps):
+def resources(workdir, steps, **overrides):
     """What a run of so many steps holds after a fifth of them, and near the end.
 
     The median of five looks each: a checkpoint may be under way, or rows made ahead just used up.
     """
     part, out = steps // 20, pathlib.Path(f"{workdir}.held.jsonl")
     every = {"log_every": part, "checkpoint_every": part, "eval_every": part}
-    process = start(workdir, 1, (ROOT / "tests" / "held.py", out), held.ENVIRONMENT, steps=steps, **every)
+    process = start(workdir, 1, (ROOT / "tests" / "held.py", out), held.ENVIRONMENT, steps=steps, **every, **overrides)
     assert process.wait() == 0, pathlib.Path(f"{workdir}.log").read_text()
     looks = [json.loads(line) for line in out.read_text().splitlines()]
     median = lambda part, name: statistics.median(look[name] for look in part)
@@ -360,5 +368,5 @@ def flat(early, late):
 
 def test_a_longer_run_holds_no_more(tmp_path):
     """Memory, open files and threads after 80 steps and after 320. (10,000 steps: experiments/faults.)"""
-    early, late = resources(tmp_path / "run", 400)
+    early, late = resources(tmp_path / "run", 400, **{"data.rows": 1, "data.shards": 1})
     assert flat(early, late), (early, late)
