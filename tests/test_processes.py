@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import test_resume as resume
-from test_resume import RUN, TRAIN, children, complete, left_by, writing
+from test_resume import RUN, children, complete, left_by, writing
 from test_trainer import TINY, Poisoned, assert_close, tiny
 
 from dit_video import generate, trainer
@@ -24,12 +24,13 @@ from dit_video.sharding import make_mesh
 from dit_video.step import make_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BARE = {"eval_every": 0}  # a process but the first finds no program in the cache: it compiles that of validation anew
+CACHED = (ROOT / "tests" / "cached.py",)
+BARE = {"eval_every": 0}  # where no validation is tested
 ENDS = 30  # seconds within which the others must have ended, once one is dead
 
 
-def start(workdir, count=2, program=TRAIN, own=None, **overrides):
-    """The train command, `count` times, and `own` flags {I: [...]}; what each prints goes to WORKDIR.I.log."""
+def start(workdir, count=2, program=CACHED, own=None, **overrides):
+    """The train command (`cached.py`), `count` times, and `own` flags {I: [...]}; what each prints: WORKDIR.I.log."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         joined = [f"--coordinator=localhost:{probe.getsockname()[1]}", f"--num_processes={count}"]
