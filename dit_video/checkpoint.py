@@ -161,8 +161,9 @@ class Checkpoints:
 
         abstract_state: the state's pytree. A leaf with a sharding (ShapeDtypeStruct, jax.Array) comes back as a
         jax.Array laid out that way, whatever the layout when saved; a leaf without one as a numpy array. If None, the
-        state comes as nested dicts of numpy arrays. part: restore this entry of the state alone (`params`, `ema`);
-        abstract_state and Restored.state are then the entry's.
+        state comes as nested dicts of numpy arrays; a function makes it of these, without their values, and the config.
+        part: restore this entry of the state alone (`params`, `ema`); abstract_state and Restored.state are then the
+        entry's.
 
         Each damaged file is logged as an error; then the next older checkpoint is tried (not if `step` is given).
         Returns Restored(step, state, extra, config), or None if no checkpoint was ever completed here.
@@ -339,17 +340,20 @@ def _agree(find_step):
 
 
 def _read(path, abstract, part):
+    extra, config = (json.loads((path / name).read_text()) for name in ("extra.json", "config.json"))
     with ocp.PyTreeCheckpointer() as reader:
         saved = reader.metadata(path / "state").item_metadata.tree
+        if part is not None and part not in saved:
+            raise ValueError(f"{part!r} is not in checkpoint {path}, which has {sorted(saved)}.")
+        saved = jax.tree.map(_host_leaf, saved if part is None else saved[part])
+        if callable(abstract):
+            abstract = abstract(saved, config)
+        abstract = saved if abstract is None else abstract
         if part is not None:
-            if part not in saved:
-                raise ValueError(f"{part!r} is not in checkpoint {path}, which has {sorted(saved)}.")
-            saved, abstract = {part: saved[part]}, None if abstract is None else {part: abstract}
-        abstract = jax.tree.map(_host_leaf, saved) if abstract is None else abstract
+            saved, abstract = {part: saved}, {part: abstract}
         _require_same_leaves(path, saved, abstract)
         args = ocp.args.PyTreeRestore(abstract, jax.tree.map(_restore_args, abstract), partial_restore=part is not None)
         state = reader.restore(path / "state", args=args)
-    extra, config = (json.loads((path / name).read_text()) for name in ("extra.json", "config.json"))
     return Restored(int(path.name), state if part is None else state[part], extra, config)
 
 

@@ -47,7 +47,7 @@ from dit_video.text import make_text
 from dit_video.weights import lora
 from dit_video.weights.diffusion import make_velocity
 from dit_video.weights.encoders import complete
-from dit_video.weights.native import load_weights, save_weights
+from dit_video.weights.native import load_weights, nest, read_weights, save_weights
 
 __all__ = ["Trained", "add_lora", "load", "sample", "sample_latents", "save_weights", "weights_file"]
 
@@ -64,25 +64,47 @@ class Trained:
     source: str
 
 
-def load(path, sharding=None) -> Trained:
+def load(path, sharding=None, check=lambda abstract, config: None) -> Trained:
     """The averaged weights of a run's workdir (its newest sound checkpoint), or of a .safetensors file of ours.
 
-    sharding: how a file's weights are laid out on devices, tensor by tensor (see `load_weights`); None gives numpy
-    arrays. Raises FileNotFoundError where there is neither.
+    sharding: how they are laid out on devices, a Sharding or a tree of one for each: straight from the file or the
+    checkpoint, of which a host reads no more at a time than a tensor, or its own devices' share; None gives numpy
+    arrays. check(abstract, config): called with what is there, arrays without their values and a dict, before any is
+    read. Raises FileNotFoundError where there is neither.
     """
     path = epath.Path(path)
     if file := weights_file(path):
+        tensors, metadata = read_weights(file)
+        check(nest(tensors), with_newer_keys(metadata["config"]))
         params, config, step = load_weights(file, sharding)
         return Trained(params, ml_collections.ConfigDict(with_newer_keys(config)), step, str(path))
     directory = _checkpoints(path)
     if directory is None:
         raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file of weights.")
-    restored = checkpoint.load(directory, "ema")
+
+    def place(saved, config):
+        if "lora" in saved:  # the factors of what is frozen: small
+            return saved
+        check(saved, with_newer_keys(config))
+        return _laid_out(saved, sharding)
+
+    restored = checkpoint.load(directory, "ema", place)
     params, config = restored.state, ml_collections.ConfigDict(with_newer_keys(restored.config))
     if "lora" in params:
-        whole = checkpoint.load(directory, "frozen").state
-        params = whole | {"dit": lora.merge(whole["dit"], params["lora"], lora.scale(config))}
+        whole, merge = checkpoint.load(directory, "frozen", place).state, lora.merge
+        if sharding is not None:
+            merge = jax.jit(merge, donate_argnums=0, out_shardings=jax.tree.map(lambda w: w.sharding, whole["dit"]))
+        params = whole | {"dit": merge(whole["dit"], params["lora"], lora.scale(config))}
     return Trained(params, config, restored.step, str(path))
+
+
+def _laid_out(abstract, sharding):
+    """Arrays without values, and how each is to lie: `sharding` as in `load`."""
+    if sharding is None:
+        return abstract
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, abstract)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, sharding)
 
 
 def weights_file(path):

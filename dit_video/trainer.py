@@ -37,7 +37,7 @@ from dit_video.step import Run, State, abstract_batch, make_run
 from dit_video.tasks import Layout, Request, check_request
 from dit_video.weights import lora
 from dit_video.weights.files import Stored
-from dit_video.weights.native import nest, read_weights
+from dit_video.weights.native import read_weights
 
 MAX_BAD_STEPS = 10
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved after SIGTERM or SIGINT; the same command goes on
@@ -372,38 +372,35 @@ FREE = ("dtype", "remat", "unroll", "window")
 def start_from(path, state: State, shardings, model=None) -> State:
     """The state with another run's averaged weights, and a fresh optimizer. Raises ValueError where they differ.
 
-    A file's tensors go to their devices one by one, in the place of those that were drawn at random. model:
-    config.model; where the weights were trained as another one, a warning says so.
+    They go to their devices straight from the file or the checkpoint, in the place of those that were drawn at random:
+    no host ever has the whole model. model: config.model; where the weights were trained as another one, a warning says
+    so.
     """
     field = "frozen" if state.frozen else "params"
-    old, places = getattr(state, field), getattr(shardings, field)
-    file = generate.weights_file(path)
-    if file:
-        tensors, metadata = read_weights(file)
-        given, saved = nest(tensors), generate.with_newer_keys(metadata["config"])
-    else:
-        loaded = generate.load(path)
-        given, saved = loaded.params, loaded.config.to_dict()
+    old = getattr(state, field)
     describe = lambda tree: {jax.tree_util.keystr(k): a.shape for k, a in jax.tree_util.tree_leaves_with_path(tree)}
-    theirs, ours = describe(given), describe(old)
-    wrong = [
-        f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)
-    ]
-    if wrong:
-        raise ValueError(f"init_from={path} has other weights than this config:\n  " + "\n  ".join(wrong[:20]))
     as_json = lambda value: json.loads(json.dumps(value))
-    others = [
-        f"model.{key}={saved['model'][key]!r} there, {value!r} here"
-        for key, value in ({} if model is None else model.to_dict()).items()
-        if key not in FREE and as_json(value) != as_json(saved["model"].get(key))
-    ]
-    if others:
-        logging.warning("init_from=%s was trained as another model: %s.", path, "; ".join(others))
-    jax.tree.map(lambda a: a.delete(), (old, state.ema) if field == "params" else old)
-    if file:
-        new = generate.load(path, places).params
-    else:
-        new = jax.tree.map(lambda w, s: jax.device_put(np.asarray(w, np.float32), s), given, places)
+
+    def make_room(given, saved):
+        """Lets the weights drawn at random go, once the `given` ones are seen to fit."""
+        theirs, ours = describe(given), describe(old)
+        wrong = [
+            f"{k}: {theirs.get(k)} there, {ours.get(k)} here"
+            for k in {**ours, **theirs}
+            if theirs.get(k) != ours.get(k)
+        ]
+        if wrong:
+            raise ValueError(f"init_from={path} has other weights than this config:\n  " + "\n  ".join(wrong[:20]))
+        others = [
+            f"model.{key}={saved['model'][key]!r} there, {value!r} here"
+            for key, value in ({} if model is None else model.to_dict()).items()
+            if key not in FREE and as_json(value) != as_json(saved["model"].get(key))
+        ]
+        if others:
+            logging.warning("init_from=%s was trained as another model: %s.", path, "; ".join(others))
+        jax.tree.map(lambda a: a.delete(), (old, state.ema) if field == "params" else old)
+
+    new = generate.load(path, getattr(shardings, field), make_room).params
     if field == "frozen":
         return dataclasses.replace(state, frozen=new)
     return dataclasses.replace(state, params=new, ema=jax.tree.map(jnp.copy, new))

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -18,8 +17,7 @@ from multiprocessing import shared_memory
 import jax
 import numpy as np
 import pytest
-from test_processes import children, ended, finish, printed, start, when
-from test_resume import complete, left_by
+from test_processes import ended, printed, start
 
 from configs import base, clips, shapes
 from dit_video.codecs import make_codec, to_float
@@ -381,42 +379,6 @@ def test_a_worker_that_is_killed_is_told_and_leaves_nothing(open_loader):
     while (left := list(pathlib.Path("/dev/shm").glob(f"{loader._memory}*"))) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
-
-
-def kill_worker(workdir):
-    """Kills a run's decoding worker; how many seconds later the run had ended, with the reason and nothing left."""
-    before = set(os.listdir("/dev/shm"))
-    (process,) = start(workdir, 1, **{"data.workers": 1})
-    when([process], lambda: complete(workdir) >= 3)
-    (worker,) = children(process)
-    os.kill(worker, signal.SIGKILL)
-    began = time.monotonic()
-    assert ended([process], 60) == [1], printed(workdir, 0)
-    seconds = time.monotonic() - began
-    assert "terminated unexpectedly with exit code -9" in printed(workdir, 0)
-    left = set(os.listdir("/dev/shm")) - before
-    deadline = time.monotonic() + 10  # what others, that run beside this, made meanwhile goes too
-    while (left := left & set(os.listdir("/dev/shm"))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left, f"shared memory is left: {left}"
-    return seconds
-
-
-def finish_with_worker(workdir, unbroken):
-    """Goes on with that run; AssertionError unless it leaves what `unbroken`, with threads, has left."""
-    finish(workdir, 1, **{"data.workers": 1})
-    # The config, which the file of weights holds too, says who read the data; the state has the weights as well.
-    pictures = lambda left: {name: file for name, file in left["files"].items() if name != "weights.safetensors"}
-    without = lambda left: left | {"config": 0, "files": pictures(left)}
-    assert without(left_by(workdir)) == without(unbroken), "another outcome than an unbroken run's"
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_ends_the_run(tmp_path):
-    """Within 10 s, with the reason and no shared memory left; the same command then leaves what an unbroken run had."""
-    assert kill_worker(tmp_path / "run") < 10
-    finish(tmp_path / "unbroken", 1)
-    finish_with_worker(tmp_path / "run", left_by(tmp_path / "unbroken"))
 
 
 # A folder of real clips

@@ -14,18 +14,23 @@ import time
 import numpy as np
 import pytest
 import test_resume as resume
-from test_resume import RUN, TRAIN, complete, left_by, writing
-from test_trainer import TINY, assert_close
+from test_resume import RUN, children, complete, left_by, writing
+from test_trainer import TINY, Poisoned, assert_close, tiny
 
-from dit_video import generate
+from dit_video import generate, trainer
+from dit_video.checkpoint import Checkpoints, digest, load
 from dit_video.metrics import read_metrics
+from dit_video.sharding import make_mesh
+from dit_video.step import make_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHED = (ROOT / "tests" / "cached.py",)
+BARE = {"eval_every": 0}  # where no validation is tested
 ENDS = 30  # seconds within which the others must have ended, once one is dead
 
 
-def start(workdir, count=2, program=TRAIN, own=None, **overrides):
-    """The train command, `count` times, and `own` flags {I: [...]}; what each prints goes to WORKDIR.I.log."""
+def start(workdir, count=2, program=CACHED, own=None, **overrides):
+    """The train command (`cached.py`), `count` times, and `own` flags {I: [...]}; what each prints: WORKDIR.I.log."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         joined = [f"--coordinator=localhost:{probe.getsockname()[1]}", f"--num_processes={count}"]
@@ -69,14 +74,16 @@ def when(processes, condition):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
+    """What a run of one process leaves on as many devices: the same, bit for bit, as a sum of two has no order."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    finish(workdir)
+    code, said = resume.finish(workdir, devices=2, **BARE)
+    assert code == 0, said
     return left_by(workdir)
 
 
-def preempt(workdir, role):
+def preempt(workdir, role, **overrides):
     """SIGTERM to one of two processes; the step that both have saved."""
-    both = start(workdir)
+    both = start(workdir, **overrides)
     when(both, lambda: complete(workdir) >= 3)
     both[role].send_signal(signal.SIGTERM)
     assert ended(both) == [75, 75], printed(workdir, role)
@@ -88,15 +95,38 @@ def preempt(workdir, role):
     return stopped
 
 
-def test_one_of_two_is_stopped_or_dies(tmp_path, unbroken):
-    """SIGTERM to one: both save the same step and end with 75. SIGKILL of one: the other ends too. Nothing is lost."""
+def stall(workdir, **overrides):
+    """Stops one of two processes without killing it, in a step; how many seconds later the other had ended."""
+    before, log = complete(workdir), pathlib.Path(f"{workdir}.0.log")
+    said = log.stat().st_size if log.exists() else 0
+    both = start(workdir, **overrides)
+    when(both, lambda: complete(workdir) > before)
+    both[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        assert ended(both[:1], ENDS)[0] != 0
+        seconds = time.monotonic() - began
+    finally:
+        both[1].kill()
+        both[1].wait()
+    assert "stopped sending heartbeats):\n1\n" in printed(workdir, 0)[said:], printed(workdir, 0)[said:]
+    return seconds
+
+
+def test_one_of_two_is_stopped_dies_or_stalls(tmp_path, unbroken):
+    """SIGTERM to one: both save the same step and end with 75. SIGKILL of one: the other ends too.
+
+    SIGSTOP of one, which no longer runs, but is not dead: its heartbeat is missed, and the other names it and ends.
+    After each the same commands go on; nothing is lost.
+    """
     workdir = tmp_path / "run"
-    stopped = preempt(workdir, 1)
-    both = start(workdir)
+    stopped = preempt(workdir, 1, **BARE)
+    both = start(workdir, **BARE)
     when(both, lambda: complete(workdir) > stopped)
     both[1].kill()
     assert ended(both[:1], ENDS)[0] != 0
-    finish(workdir)
+    stall(workdir, **BARE)
+    finish(workdir, **BARE)
     assert left_by(workdir) == unbroken
 
 
@@ -107,16 +137,16 @@ MOMENTS = {
 }
 
 
-def die(workdir, role, moment):
+def die(workdir, role, moment, **overrides):
     """Kills one of two processes at a moment; how many seconds later the other had ended."""
     if moment == "restore":
-        both = start(workdir)
+        both = start(workdir, **overrides)
         when(both, lambda: complete(workdir) >= 6)
         both[0].send_signal(signal.SIGTERM)
         assert ended(both) == [75, 75], printed(workdir, 0)
         for i in (0, 1):
             pathlib.Path(f"{workdir}.{i}.log").write_text("")
-    both = start(workdir)
+    both = start(workdir, **overrides)
     when(both, lambda: MOMENTS[moment](workdir))
     both[role].kill()
     began = time.monotonic()
@@ -130,8 +160,8 @@ def die(workdir, role, moment):
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_dead_peer_ends_the_run(tmp_path, unbroken, role, moment):
     """The other exits non-zero within 30 s, wherever it is; both started again leave what an unbroken run leaves."""
-    die(tmp_path / "run", role, moment)
-    finish(tmp_path / "run")
+    die(tmp_path / "run", role, moment, **BARE)
+    finish(tmp_path / "run", **BARE)
     assert left_by(tmp_path / "run") == unbroken
 
 
@@ -166,33 +196,51 @@ def test_a_run_goes_on_on_other_devices(tmp_path):
     assert on_other_devices(tmp_path) < 1e-3
 
 
-def stall(workdir):
-    """Stops one of two processes without killing it; how many seconds later the other had ended."""
-    both = start(workdir)
-    when(both, lambda: complete(workdir) >= 3)
-    both[1].send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    try:
-        assert ended(both[:1], ENDS)[0] != 0
-        seconds = time.monotonic() - began
-    finally:
-        both[1].kill()
-        both[1].wait()
-    assert "stopped sending heartbeats):\n1\n" in printed(workdir, 0)
-    return seconds
+class Stopped(Poisoned):
+    """A loader at which, asked for the batch after step `steps`, its own process gets a SIGTERM."""
+
+    def __next__(self):
+        if self.step == self.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.step += 1
+        return next(self.loader)
 
 
-@pytest.mark.slow
-def test_a_stalled_process_ends_the_run(tmp_path):
-    """A process that no longer runs, but is not dead, is missed by its heartbeat; the others name it."""
-    stall(tmp_path / "run")
+def train_until(step, config, workdir):
+    """Trains here, on all eight devices, until after that step a SIGTERM comes; the lines of metrics so far."""
+    with pytest.MonkeyPatch.context() as patch:
+        make, more = trainer.make_loader, step - complete(workdir)
+        patch.setattr(trainer, "make_loader", lambda *args: Stopped(make(*args), more))
+        with pytest.raises(trainer.Preempted):
+            trainer.train(config, workdir)
+    assert complete(workdir) == step
+    return read_metrics(workdir / "metrics.jsonl")
 
 
-def children(process):
-    """The pids of a process's decoding workers."""
-    tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # of whichever thread started them
-    pids = [pid for task in tasks for pid in task.read_text().split()]
-    return [int(pid) for pid in pids if "spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
+def test_a_run_moves_from_eight_devices_to_one_and_back(tmp_path):
+    """What is restored is what was saved, bit for bit; the clips are those of an unbroken run, and losses within 1e-4.
+
+    On the eight the state lies cut along fsdp.
+    """
+    rest = RUN | {"data.rows": 8, "optimizer.lr": 3e-4, "steps": 100, "eval_every": 0, "log_every": 1}
+    config, run, whole = tiny(rest | {"mesh.fsdp": 4}), tmp_path / "run", tmp_path / "whole"
+    train_until(2, config, run)
+    alone = resume.start(run, 1, **rest)
+    when([alone], lambda: complete(run) > 2)
+    alone.send_signal(signal.SIGTERM)
+    assert alone.wait(60) == trainer.EXIT_PREEMPTED and complete(run) > 2, (tmp_path / "run.log").read_text()
+    mesh = make_mesh(config.mesh)
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(trainer.abstract_state(make_run(config, mesh), mesh)).state
+        assert len(restored.params["dit"]["block_q"].sharding.device_set) == 8
+        assert digest(restored) == digest(checkpoints.restore().state)
+    last = complete(run) + 2
+    lines, wanted = (train_until(last, config, workdir) for workdir in (run, whole))
+    extra, same = (load(workdir / "checkpoints", "ema").extra for workdir in (run, whole))
+    assert extra == same and len(lines) == len(wanted) == last
+    for line, want in zip(lines, wanted):
+        assert (line["step"], line["clips"]) == (want["step"], want["clips"])
+        np.testing.assert_allclose(line["loss"], want["loss"], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A run that is killed or stopped, whenever, and started again leaves what an unbroken run leaves, bit for bit."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -93,20 +94,40 @@ def wait_until(process, workdir, step, condition=lambda: True):
         time.sleep(0.002)
 
 
-@pytest.fixture(scope="module")
+def gone(pid):
+    """Whether a process has ended; one that nobody has asked for its exit code yet counts."""
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def children(process):
+    """The pids of a process's decoding workers."""
+    tasks = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")  # of whichever thread started them
+    pids = [pid for task in tasks for pid in task.read_text().split()]
+    return [int(pid) for pid in pids if "spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    code, printed = finish(workdir)
-    assert code == 0, printed
+    """A run that nothing happened to, with tokens in its environment, and what it left; made once for all workers."""
+    session = tmp_path_factory.getbasetemp()
+    session = session.parent if "PYTEST_XDIST_WORKER" in os.environ else session
+    workdir = session / "unbroken" / "run"
+    workdir.parent.mkdir(exist_ok=True)
+    with open(session / "unbroken.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (workdir / "weights.safetensors").exists():
+            code, printed = finish(workdir, environment=SECRETS)
+            assert code == 0, printed
     return workdir, left_by(workdir)
 
 
-def kill_and_resume(folder, kills, seed, unbroken):
-    """Kills runs so many times, wherever they are, and lets the last finish; how many hit a half-written checkpoint.
+def kill(folder, kills, seed, unbroken):
+    """Kills runs so many times, wherever they are; the last one, and how many hit a half-written checkpoint.
 
-    Only what SIGKILL has ended counts. A run that finishes before that must be as `unbroken`, and another begins; so
-    must the last. Of a run's kills the first falls anywhere in its start; of the rest every other one falls while a
-    checkpoint is written, and one at a random moment after the run has got further.
+    Only what SIGKILL has ended counts. A run that finishes before that must be as `unbroken`, and another begins. Of a
+    run's kills the first falls anywhere in its start; of the rest every other one falls while a checkpoint is written,
+    and one at a random moment after the run has got further.
     """
     rng, torn, done, runs, i = random.Random(seed), 0, 0, 1, 0
     while done < kills:
@@ -128,16 +149,47 @@ def kill_and_resume(folder, kills, seed, unbroken):
             assert code == 0, pathlib.Path(f"{run}.log").read_text()
             assert_same(run, unbroken)
             runs, i = runs + 1, 0
+    assert torn >= kills // 4, f"{torn} of {kills} kills hit a half-written checkpoint: fewer than a quarter"
+    return run, torn
+
+
+def kill_and_resume(folder, kills, seed, unbroken):
+    """`kill`, and lets the last run finish, which must be as `unbroken`; how many hit a half-written checkpoint."""
+    run, torn = kill(folder, kills, seed, unbroken)
     code, printed = finish(run)
     assert code == 0, printed
     assert_same(run, unbroken)
-    assert torn >= kills // 4, f"{torn} of {kills} kills hit a half-written checkpoint: fewer than a quarter"
     return torn
 
 
-def test_killed_five_times(tmp_path, unbroken):
-    """Bit for bit, and at least one of them in the middle of a checkpoint."""
-    kill_and_resume(tmp_path, 5, 0, unbroken[1])
+def stop(run):
+    """SIGTERM: exit code 75 and a checkpoint at the very step, amid a line of metrics too."""
+    process = start(run)
+    wait_until(process, run, 6)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    stopped = complete(run)
+    assert f"saved at step {stopped}" in pathlib.Path(f"{run}.log").read_text()
+    assert 6 <= stopped < 32 and not writing(run)
+    extra = json.loads((run / "checkpoints" / f"{stopped:08d}" / "extra.json").read_text())
+    assert len(extra["meter"]) == stopped % 4
+
+
+def test_stopped_once_and_killed_five_times(tmp_path, unbroken):
+    """Bit for bit, by the same command each time: stopped by a signal, then killed, in the middle of a checkpoint too.
+
+    The fifth kill comes once the last checkpoint is complete: validation, gallery and weights are made all the same.
+    """
+    stop(tmp_path / "run1")
+    run, _ = kill(tmp_path, 4, 0, unbroken[1])
+    process = start(run)
+    wait_until(process, run, 32)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (run / "gallery" / "index.html").exists(), "the kill came too late: the test tests nothing"
+    code, printed = finish(run)
+    assert code == 0, printed
+    assert_same(run, unbroken[1])
 
 
 @pytest.mark.slow
@@ -145,38 +197,6 @@ def test_killed_five_times(tmp_path, unbroken):
 def test_killed_many_times(tmp_path, unbroken, seed):
     """As often as two runs have checkpoints."""
     kill_and_resume(tmp_path, 20, seed, unbroken[1])
-
-
-def test_killed_before_what_the_last_step_leaves(tmp_path, unbroken):
-    """Killed once the last checkpoint is complete: the same command makes validation, gallery and weights."""
-    workdir = tmp_path / "run"
-    shutil.copytree(unbroken[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / f"{32:08d}")
-    (workdir / "weights.safetensors").unlink()
-    shutil.rmtree(workdir / "gallery")
-    process = start(workdir)
-    wait_until(process, workdir, 32)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert not (workdir / "gallery" / "index.html").exists(), "the kill came too late: the test tests nothing"
-    assert finish(workdir)[0] == 0
-    assert_same(workdir, unbroken[1])
-
-
-def test_stopped_by_a_signal(tmp_path, unbroken):
-    """Exit code 75 and a checkpoint at the very step; the same command goes on, amid a line of metrics too."""
-    workdir = tmp_path / "run"
-    process = start(workdir)
-    wait_until(process, workdir, 6)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
-    stopped = complete(workdir)
-    assert f"saved at step {stopped}" in pathlib.Path(f"{workdir}.log").read_text()
-    assert 6 <= stopped < 32 and not writing(workdir)
-    extra = json.loads((workdir / "checkpoints" / f"{stopped:08d}" / "extra.json").read_text())
-    assert len(extra["meter"]) == stopped % 4
-    assert finish(workdir)[0] == 0
-    assert_same(workdir, unbroken[1])
 
 
 MOMENTS = {
@@ -235,7 +255,8 @@ def test_finished_runs_and_changed_configs(tmp_path, unbroken):
     assert code == 1 and "Traceback" not in printed
     assert "holds another state" in printed and re.search(r"\[.*32.*\] saved, .*\[.*48.*\] wanted", printed), printed
     assert_same(workdir, unbroken[1])
-    code, printed = finish(workdir, **allowing, **{"steps": 36, "optimizer.lr": 1e-3, "optimizer.accumulate": 2})
+    changed = {"steps": 36, "optimizer.lr": 1e-3, "optimizer.accumulate": 2, "eval_every": 0}
+    code, printed = finish(workdir, **allowing, **changed)
     assert code == 0 and "from step 32 to 36" in printed and complete(workdir) == 36
     assert "ALLOWED TO CHANGE" in printed and "optimizer.accumulate: 1 -> 2 orders sums otherwise" in printed
     assert [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if "loss" in line][-2:] == [32, 36]
@@ -254,33 +275,86 @@ def with_secret(folder):
     ]
 
 
+def count_without_secret(folder):
+    """How many files a run has left below a folder; AssertionError where one has a token."""
+    left = [path for path in folder.rglob("*") if path.is_file()]
+    names = {"config.json", "versions.json", "extra.json", "metrics.jsonl", "run.log", "index.html"}
+    assert names <= {path.name for path in left} and not with_secret(folder), with_secret(folder)
+    return len(left)
+
+
 def keep_secrets(folder):
     """A run with tokens in its environment, and one that fails with a traceback; how many files they left, without."""
     assert start(folder / "run", environment=SECRETS).wait(600) == 0
     (folder / "failed" / "metrics.jsonl").mkdir(parents=True)  # a folder where a file must be
     assert start(folder / "failed", environment=SECRETS).wait(600) == 1
     assert "Traceback" in pathlib.Path(folder / "failed.log").read_text()
-    left = {path.name for path in folder.rglob("*") if path.is_file()}
-    assert {"config.json", "versions.json", "extra.json", "metrics.jsonl", "run.log", "index.html"} <= left
-    assert not with_secret(folder), with_secret(folder)
-    return sum(path.is_file() for path in folder.rglob("*"))
+    return count_without_secret(folder)
 
 
-def test_secrets_of_the_environment_are_left_nowhere(tmp_path):
+def test_secrets_of_the_environment_are_left_nowhere(tmp_path, unbroken):
     """In no config, log, checkpoint or page; a file with one would be found."""
-    keep_secrets(tmp_path)
-    (tmp_path / "run" / "note.txt").write_text(f"the token is {SECRETS['HF_TOKEN']}.")
-    assert with_secret(tmp_path) == ["run/note.txt"]
+    count_without_secret(unbroken[0].parent)
+    (tmp_path / "note.txt").write_text(f"the token is {SECRETS['HF_TOKEN']}.")
+    assert with_secret(tmp_path) == ["note.txt"]
 
 
-def resources(workdir, steps):
+def memory_of(pids):
+    """How the names of the shared memory that processes have in use begin: as their loader's do, and no other's."""
+    maps = "".join(pathlib.Path(f"/proc/{pid}/maps").read_text() for pid in pids)
+    return tuple({*re.findall(r"/dev/shm/(\w+_)", maps)})
+
+
+def kill_worker(workdir):
+    """Kills one of a run's two decoding workers; how many seconds later the run had ended.
+
+    With the reason; the other worker is gone, and no shared memory left.
+    """
+    process = start(workdir, environment=SECRETS, **{"data.workers": 2})
+    wait_until(process, workdir, 3)
+    workers, own = children(process), ()
+    while not own:
+        own = memory_of([process.pid, *workers])
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    began = time.monotonic()
+    code, printed = process.wait(60), pathlib.Path(f"{workdir}.log").read_text()
+    seconds = time.monotonic() - began
+    assert code == 1 and "terminated unexpectedly with exit code -9" in printed, printed
+    memory = lambda: [name for name in os.listdir("/dev/shm") if name.startswith(own)]
+    left = lambda: [pid for pid in workers if not gone(pid)] + memory()
+    deadline = time.monotonic() + 10
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left(), f"processes or shared memory are left: {left()}"
+    return seconds
+
+
+def finish_with_workers(workdir, unbroken):
+    """Goes on with that run; AssertionError unless it leaves what `unbroken`, with threads, has left."""
+    code, printed = finish(workdir, **{"data.workers": 2})
+    assert code == 0, printed
+    # The config, which the file of weights holds too, says who read the data; the state has the weights as well.
+    pictures = lambda left: {name: file for name, file in left["files"].items() if name != "weights.safetensors"}
+    without = lambda left: left | {"config": 0, "files": pictures(left)}
+    assert without(left_by(workdir)) == without(unbroken), "another outcome than an unbroken run's"
+
+
+def test_a_killed_worker_ends_the_run(tmp_path, unbroken):
+    """It says so, without a token of its environment in the traceback; the same command then loses nothing."""
+    kill_worker(tmp_path / "run")
+    assert "Traceback" in (tmp_path / "run.log").read_text() and not with_secret(tmp_path), with_secret(tmp_path)
+    finish_with_workers(tmp_path / "run", unbroken[1])
+
+
+def resources(workdir, steps, **overrides):
     """What a run of so many steps holds after a fifth of them, and near the end.
 
     The median of five looks each: a checkpoint may be under way, or rows made ahead just used up.
     """
     part, out = steps // 20, pathlib.Path(f"{workdir}.held.jsonl")
     every = {"log_every": part, "checkpoint_every": part, "eval_every": part}
-    process = start(workdir, 1, (ROOT / "tests" / "held.py", out), held.ENVIRONMENT, steps=steps, **every)
+    process = start(workdir, 1, (ROOT / "tests" / "held.py", out), held.ENVIRONMENT, steps=steps, **every, **overrides)
     assert process.wait() == 0, pathlib.Path(f"{workdir}.log").read_text()
     looks = [json.loads(line) for line in out.read_text().splitlines()]
     median = lambda part, name: statistics.median(look[name] for look in part)
@@ -294,5 +368,5 @@ def flat(early, late):
 
 def test_a_longer_run_holds_no_more(tmp_path):
     """Memory, open files and threads after 80 steps and after 320. (10,000 steps: experiments/faults.)"""
-    early, late = resources(tmp_path / "run", 400)
+    early, late = resources(tmp_path / "run", 400, **{"data.rows": 1, "data.shards": 1})
     assert flat(early, late), (early, late)

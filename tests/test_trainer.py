@@ -5,6 +5,7 @@ B rows, N patches per row, S text tokens per row, G groups per row, L layers.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from dit_video.patches import Cond, lay_out, pack
 from dit_video.sharding import HOST
 from dit_video.step import drop_prompts, make_optimizer, make_run, make_schedule
 from dit_video.trainer import MAX_BAD_STEPS, MAY_CHANGE, gallery_requests, train
+from dit_video.weights import lora
 
 # A model that compiles in seconds; other files' tests train it too.
 TINY = {
@@ -487,6 +489,36 @@ def test_start_from_other_weights(tmp_path):
         "versions.json",
         "weights.safetensors",
     }
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_runs_weights_come_in_the_shares_of_their_devices(tmp_path, capfd, rank):
+    """Of a workdir's checkpoint no matrix is ever in a host's hands as a whole; with low-rank factors neither."""
+
+    def drawn(seed, **overrides):
+        config = tiny({"data.rows": 8, "mesh.fsdp": 8} | overrides)
+        mesh, rng = trainer.make_mesh(config.mesh), np.random.default_rng(seed)
+        abstract = trainer.abstract_state(make_run(config, mesh), mesh)
+        draw = lambda a: jax.device_put(np.asarray(rng.standard_normal(a.shape), a.dtype), a.sharding)
+        return config, jax.tree.map(draw, abstract)
+
+    config, given = drawn(1, **{"lora.rank": rank})
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(3, given, {}, config.to_dict())
+    config, state = drawn(2)
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    capfd.readouterr()
+    with jax.transfer_guard_host_to_device("log_explicit"):
+        begun = trainer.start_from(tmp_path, state, shardings, config.model)
+    arrived = re.findall(r"aval=ShapedArray\(\w+\[([\d,]*)\]", capfd.readouterr().err)
+    sizes = [np.prod([int(n) for n in shape.split(",") if n]) for shape in arrived]
+    assert sizes and max(sizes) == max(leaf.size for leaf in jax.tree.leaves(begun.params)) / 8
+    wanted = given.ema
+    if rank:
+        wanted = given.frozen | {"dit": lora.merge(given.frozen["dit"], given.ema["lora"], 1.0)}
+    for tree in (begun.params, begun.ema):
+        assert_close(tree, wanted, 1e-6)
+        assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, tree, shardings.params))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):

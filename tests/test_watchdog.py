@@ -1,7 +1,6 @@
 """A process that no longer gets on ends itself and says where it is, alone and as one of two."""
 
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -10,8 +9,8 @@ import time
 
 import pytest
 from test_layers import ROOT
-from test_processes import ENDS, children, ended, printed, start, when
-from test_resume import complete
+from test_processes import ENDS, ended, printed, start, when
+from test_resume import children, complete, gone
 
 STUCK = ROOT / "tests" / "stuck.py"
 
@@ -41,12 +40,6 @@ if __name__ == "__main__":
         with watchdog.phase("batch", times=1):
             decode_without_end()
 """
-
-
-def gone(pid):
-    """Whether a process has ended; one that nobody has asked for its exit code yet counts."""
-    stat = pathlib.Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
 def test_what_moves_goes_on_and_what_does_not_is_ended():

@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT / "tests"))  # the quick forms of the same faults
 
 import conftest  # noqa: E402, F401  eight devices of the host, for what the tests' modules make of them
 import test_arguments as arguments  # noqa: E402
-import test_loader as loader  # noqa: E402
 import test_processes as processes  # noqa: E402
 import test_resume as resume  # noqa: E402
 import test_trainer as trainer  # noqa: E402
@@ -219,17 +218,16 @@ def workers(unbroken, once):
     """SIGKILL of a decoding worker."""
 
     def kill(folder):
-        seconds = loader.kill_worker(folder / "run")
+        seconds = resume.kill_worker(folder / "run")
         assert seconds < 10, f"the run had ended only after {seconds:.1f} s"
-        loader.finish_with_worker(folder / "run", unbroken[1])
+        resume.finish_with_workers(folder / "run", unbroken[1])
         return seconds
 
     slowest = 0.0
     for done in range(1, WORKERS.value + 1):
         slowest = max(slowest, once(f"{done}", kill))
-        said = (
-            f"the run had ended, and said so, after {slowest:.1f} s at most, no shared memory left; resumed, the same"
-        )
+        said = f"the run had ended, and said so, after {slowest:.1f} s at most, no process and no shared memory left; "
+        said += "resumed, the same"
         yield done, said
 
 
