@@ -1,7 +1,7 @@
 """python tests/cached.py, and the flags of dit_video.train: trains, and every process keeps what it has compiled.
 
-jax lets only a run's first process write to the cache of compiled programs, and on CPUs what that one wrote is of no use
-to the others: each would compile anew, for half a minute of a core, at every start.
+jax lets only a run's first process write to the cache of compiled programs, and on CPUs what that one wrote is of no
+use to the others: each would compile anew, for half a minute of a core, at every start.
 """
 
 import inspect
