@@ -19,8 +19,15 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, 
 PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; with --coordinator.")
 ALLOWED = flags.DEFINE_list("allow_changed", [], "Keys, or whole sections, that a resumed run may have otherwise.")
 PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
+JOIN = flags.DEFINE_float(
+    "join_timeout", 600.0, "Seconds that a process waits for all others to come, before it ends with the reason.", 1.0
+)
 PATIENCE = flags.DEFINE_float(
-    "patience", 1800.0, "Seconds without getting on after which a process ends, with the reason.", 1.0
+    "patience",
+    1800.0,
+    "Seconds without getting on after which a process ends, with the reason; three times as many where it waits for "
+    "others too. Up to the end of the second step, with all that is compiled there, less than 1800 count as 1800.",
+    1.0,
 )
 
 
@@ -29,7 +36,7 @@ def main(_):
     from dit_video.checkpoint import CheckpointError
 
     try:
-        launch.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        launch.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN.value)
         launch.prepare()
         with watchdog.watch(PATIENCE.value):
             trainer.train(CONFIG.value, WORKDIR.value, ALLOWED.value)

@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video import generate, watchdog
+from dit_video import generate, launch, watchdog
 from dit_video.allowed import check_config
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
@@ -57,12 +57,14 @@ def train(config, workdir, allow_changed=()) -> State:
     the end, weights.safetensors. Typed again it resumes; a finished run says so and returns. After SIGTERM or SIGINT
     it saves and raises Preempted (exit code 75). Raises FloatingPointError after ten bad gradients in a row, and
     ValueError for a config that cannot run, or that is not the one the workdir was begun with (but for the keys, or
-    sections of keys, in allow_changed), and for a workdir that is neither on a disk nor on gs://. Whatever the state
-    hangs on ends the run; validation and pictures that fail are logged as errors, and the run goes on.
+    sections of keys, in allow_changed), for a workdir that is neither on a disk nor on gs://, and where a run's
+    processes were given different ones. Whatever the state hangs on ends the run; validation and pictures that fail are
+    logged as errors, and the run goes on.
     """
     # The config.
     check_config(config)
     check_place(workdir)
+    launch.agree(config.to_dict(), allow_changed, workdir)
     workdir = epath.Path(workdir)
     mesh, first, alone = make_mesh(config.mesh), jax.process_index() == 0, jax.process_count() == 1
     run = make_run(config, mesh)
@@ -489,11 +491,7 @@ def _all_shards(own: dict) -> dict:
     """The loader's states of all processes' shards."""
     if jax.process_count() == 1:
         return own
-    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    longest = -(-longest // 4096) * 4096  # each length is a program of its own to compile
-    texts = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text)), constant_values=32))
-    return functools.reduce(dict.__or__, (json.loads(row.tobytes()) for row in texts))
+    return functools.reduce(dict.__or__, map(json.loads, launch.all_texts(json.dumps(own))))
 
 
 class _StopRequests:
