@@ -53,6 +53,8 @@ def join(
         raise ValueError(f"--process_id={process_id} must lie in 0 to {num_processes - 1} (--num_processes).")
     if not missing and not _port(coordinator):
         raise ValueError(f"--coordinator={coordinator} is not of the form HOST:PORT, as 10.0.0.1:8476.")
+    if process_id == 0:
+        _require_free(coordinator)
     limits = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": PATIENCE}
     # jax would end the process too, in C++ and without a word of who is missing: here that is not waited for.
     limits["initialization_timeout"] = int(timeout) + 60
@@ -62,13 +64,21 @@ def join(
     except ValueError as error:
         if not missing or "coordinator_address" not in str(error):
             raise
-    except jax.errors.JaxRuntimeError as error:
-        if "Failed to start RPC server" not in str(error):
-            raise
-        address = _joining()[0]
+
+
+def _require_free(address: str) -> None:
+    """Raises ValueError where process 0 could not listen at its address's port: jax may crash of that, without a word.
+
+    An address that is found, not given, is not known before jax uses it, and so not looked at.
+    """
+    port, both = _port(address), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
         raise ValueError(
-            f"process 0 cannot listen at {address}: another program, or another run, has port {_port(address)}. Give "
-            "all processes another one (--coordinator)."
+            f"process 0 cannot listen at {address}, as another program or run may do ({os.strerror(error.errno)}). Give "
+            "all processes another port (--coordinator)."
         ) from error
 
 
