@@ -77,7 +77,7 @@ def _require_free(address: str) -> None:
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except OSError as error:
         raise ValueError(
-            f"process 0 cannot listen at {address}, as another program or run may do ({os.strerror(error.errno)}). Give "
+            f"process 0 cannot listen at {address}, which another may do ({os.strerror(error.errno)}). Give "
             "all processes another port (--coordinator)."
         ) from error
 

@@ -32,7 +32,7 @@ from dit_video.gallery import Sample, grow
 from dit_video.meter import Meter, by_level, count_compilations, global_work, matmul_peak
 from dit_video.metrics import MetricsWriter, Progress, read_metrics
 from dit_video.patches import Batch
-from dit_video.sharding import batch_shardings, global_batch, make_mesh, row_share, state_shardings
+from dit_video.sharding import batch_shardings, global_batch, left_whole, make_mesh, row_share, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
 from dit_video.tasks import Layout, Request, check_request
 from dit_video.weights import lora
@@ -209,7 +209,15 @@ def train(config, workdir, allow_changed=()) -> State:
 def abstract_state(run: Run, mesh) -> State:
     """The state's shapes, dtypes and shardings on a mesh."""
     abstract = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
+    if jax.process_index() == 0 and (whole := left_whole((abstract.params, abstract.frozen), mesh)):
+        _warn_once(whole)
     return jax.tree.map(_placed, abstract, state_shardings(abstract, mesh, run.config.optimizer.offload))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Logs a warning, however often what it says is found."""
+    logging.warning(text)
 
 
 def trace_step(run: Run, mesh) -> jax.stages.Traced:

@@ -83,7 +83,7 @@ def test_who_is_waited_for_in_vain():
     ):
         last = one["said"].splitlines()[-1]
         assert last.endswith(f"Not all had joined within --join_timeout={seconds} s: {wanted}"), came
-    wanted = f"process 0 cannot listen at 127.0.0.1:{port}, as another program or run may do (Address already in use)."
+    wanted = f"process 0 cannot listen at 127.0.0.1:{port}, which another may do (Address already in use)."
     assert came[3]["said"].startswith(wanted), came
 
 
