@@ -226,6 +226,8 @@ def test_what_one_side_does_not_divide_is_cut_along_the_other():
         "last": (1152, 32),
     }
     assert held(mesh_of_chips(1, 256, 2, 9))["block_mlp_in"] == (28, 128, 9)
+    deep = {"block_q": jax.ShapeDtypeStruct((256, 18, 18), jnp.float32)}
+    assert state_shardings(deep, mesh_of_chips(1, 256, 1, 1))["block_q"].is_fully_replicated
     # The share that is whole: block_q and last, of all five.
     share = r"holds 11\.\d% of the weights, .* mesh.fsdp=256 x mesh.sequence=1 would leave it 0\.4%, .* no side of "
     said = share + r"block_q \[28, 1152, 1152\], last \[1152, 32\]\. mesh\.fsdp=128, with mesh\.data=4, cuts them\."
