@@ -2,8 +2,9 @@
 
 Trains, or goes on with, a run. Exit codes: 0 finished, 75 saved after SIGTERM or SIGINT (type the command again),
 1 anything else. On several hosts it is the same command on each: a TPU pod, SLURM and Open MPI say who is who; where
-nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do. One that no longer gets on ends the run. It
-goes on with the config that it was begun with; --allow_changed=optimizer.lr,data.fps takes these keys as they are now.
+nothing does, --coordinator=HOST:PORT --num_processes=N --process_id=I do. All must be given the same, and see one
+workdir. One that no longer gets on ends the run. It goes on with the config that it was begun with;
+--allow_changed=optimizer.lr,data.fps takes these keys as they are now.
 """
 
 import functools
