@@ -116,8 +116,9 @@ def _give_up(timeout: float) -> None:
         found = f"process {process} of {count} found no process 0 at {address}"
         if _answers(address):
             found = f"process 0 answers at {address}, but not all of the {count} have come: its log says how many"
+    elif not (peers := _connected(_port(address))):  # no Linux
+        found = f"some of the {count} processes have not come to {address}"
     else:
-        peers = _connected(_port(address))
         found = f"of {count} processes {len(peers)} have come to {address}, from {', '.join(peers)}"
         found += f"; still missing: {count - len(peers)}"
     reason = f"Not all had joined within --join_timeout={timeout:g} s: {found}."
