@@ -87,6 +87,13 @@ def check_config(config) -> None:
             raise ValueError(
                 f"{name}={whole} must be a multiple of {part}={parts}. Nearest: {-(-whole // parts) * parts}."
             )
+    if config.mesh.data == 0:
+        raise ValueError("mesh.data=0 must be -1, all devices that the other axes leave, or lie in [1, inf).")
+    if config.model.text == "none" and config.model.text_pool:
+        raise ValueError(
+            "model.text_pool=True pools a text, and model.text='none' has none. Give --config.model.text_pool=False "
+            "too, or model.text='pooled' or 'cross'."
+        )
     period = len(config.model.attention_pattern)
     if not period or config.model.depth % period:
         raise ValueError(

@@ -20,6 +20,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.
 TOPOLOGY = flags.DEFINE_string("topology", None, "CHIP:SHAPE of a slice, as v5p:4x8x8, v6e:16x16, h100:64 or cpu:8.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many such slices, joined by the data centre's network.")
 TOKENS = flags.DEFINE_float("tokens", 1e12, "How many patches to train on, for the days it takes.")
+flags.register_validator("tokens", lambda tokens: 0 < tokens < float("inf"), "must be a number above 0.")
 QUICK = flags.DEFINE_bool("quick", False, "Compile with XLA's least effort: sooner, memory may differ a little.")
 HTML = flags.DEFINE_string("html", "plan.html", "Where the page goes; empty = nowhere.")
 

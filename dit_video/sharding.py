@@ -23,8 +23,11 @@ ALL = ("fsdp", "sequence", "tensor")
 EXCHANGES = ("ring", "all_to_all")
 HOST = "pinned_host"
 
+SMALL = 0.05  # share of the weights that may stay whole without a word
+
 # A parameter's name -> what its axes lie along. The first that matches holds. Where an axis of the mesh does not
-# divide an axis of an array, the array is left whole along it. Vectors and scalars are copied.
+# divide an axis of an array, it cuts another one if it is 'fsdp' or 'sequence'; else the array is left whole along it.
+# Vectors and scalars are copied.
 RULES = {
     # The blocks, [L, in, out] (Shoeybi et al. 2019, sec. 3): into heads and F, out of them, and their biases [L, out].
     r"block_((text_|image_)?[qkv]|mlp_in|mod)": PartitionSpec(None, SHARE, "tensor"),
@@ -109,7 +112,7 @@ def gathered(mesh: Mesh | None, name: str, w):
     """One layer of a block's weight as it is used: whole along fsdp and sequence, cut along tensor. name: see RULES."""
     if mesh is None:
         return w
-    used = [axis if axis == "tensor" else None for axis in _spec(name, (1, *w.shape), mesh)[1:]]
+    used = ["tensor" if "tensor" in axes else None for axes in _placed(name, (1, *w.shape), mesh.shape)[1:]]
     return along(mesh, w, *used)
 
 
@@ -146,17 +149,70 @@ def state_shardings(abstract, mesh: Mesh, offload: bool = False):
 
 
 def _spec(name: str, shape, mesh: Mesh) -> PartitionSpec:
+    return PartitionSpec(*(tuple(axes) or None for axes in _placed(name, shape, mesh.shape)))
+
+
+def _wanted(name: str, shape) -> list[tuple[str, ...]]:
+    """What RULES lay along each axis of a parameter."""
     rule = next((spec for pattern, spec in RULES.items() if re.fullmatch(pattern, name)), None)
     if rule is None:
         raise ValueError(f"parameter {name!r} {shape} has no rule: give it one in sharding.RULES.")
+    return [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in rule]
 
-    def that_divide(axes, size):
-        axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-        while axes and size % int(np.prod([mesh.shape[axis] for axis in axes])):
-            axes = axes[:-1]
-        return axes or None
 
-    return PartitionSpec(*(that_divide(axes, size) for axes, size in zip(rule, shape)))
+def _placed(name: str, shape, sizes) -> list[list[str]]:
+    """The axes, of a mesh of these sizes, that do lie along each axis of a parameter."""
+    wanted = _wanted(name, shape)
+    placed = [[] for _ in wanted]
+
+    def place(axis, i):
+        fits = shape[i] % int(np.prod([sizes[other] for other in (*placed[i], axis)])) == 0
+        placed[i] += [axis] if fits else []
+        return fits
+
+    left = [axis for i, axes in enumerate(wanted) for axis in axes if not place(axis, i)]
+    # What is gathered for use may be cut elsewhere; but not along L, the first axis of three, which is scanned.
+    for axis in left:
+        if axis in SHARE:
+            any(place(axis, i) for i in range(len(shape) == 3, len(wanted)))
+    return placed
+
+
+def left_whole(weights, mesh: Mesh) -> str:
+    """What the mesh's axes leave whole of the weights, if it is more than a small share, and which would not.
+
+    weights: a tree of arrays, or of their shapes. Vectors are small, and copied: of them nothing is said.
+    """
+    held, least, uncut = _held(weights, mesh.shape)
+    if held - least <= SMALL:
+        return ""
+    data, fsdp, sequence = mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["sequence"]
+    excess = lambda f: np.subtract(*_held(weights, mesh.shape | {"fsdp": f})[:2])
+    better = next((f for f in range(fsdp // 2, 0, -1) if fsdp % f == 0 and excess(f) <= SMALL), None)
+    mend = f" mesh.fsdp={better}, with mesh.data={data * fsdp // better}, cuts them." if better else ""
+    more = f" and {len(uncut) - 6} more" if len(uncut) > 6 else ""
+    return (
+        f"each device holds {held:.1%} of the weights, and of their optimizer, where mesh.fsdp={fsdp} x mesh.sequence="
+        f"{sequence} would leave it {least:.1%}, as they divide no side of {', '.join(uncut[:6])}{more}.{mend}"
+    )
+
+
+def _held(weights, sizes) -> tuple[float, float, list[str]]:
+    """(share of what is to be cut that a device holds, what it would be if all were, what is not, by size)."""
+    everything, held, least, uncut = 0, 0.0, 0.0, {}
+    count = lambda axes: int(np.prod([sizes[axis] for axis in axes]))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(weights):
+        name = path[-1].key
+        if leaf.ndim < 2 or not any(axis in SHARE for axes in _wanted(name, leaf.shape) for axis in axes):
+            continue
+        axes = [axis for placed in _placed(name, leaf.shape, sizes) for axis in placed]
+        lacking = count(SHARE) // count([axis for axis in axes if axis in SHARE])
+        everything += leaf.size
+        held += leaf.size / count(axes)
+        least += leaf.size / count(axes) / lacking
+        if lacking > 1:
+            uncut[f"{name} {list(leaf.shape)}"] = -leaf.size
+    return held / everything, least / everything, sorted(uncut, key=uncut.get)
 
 
 def require_host_memory(device) -> None:

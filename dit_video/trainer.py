@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_video import generate, watchdog
+from dit_video import generate, launch, watchdog
 from dit_video.allowed import check_config
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
@@ -32,7 +32,7 @@ from dit_video.gallery import Sample, grow
 from dit_video.meter import Meter, by_level, count_compilations, global_work, matmul_peak
 from dit_video.metrics import MetricsWriter, Progress, read_metrics
 from dit_video.patches import Batch
-from dit_video.sharding import batch_shardings, global_batch, make_mesh, row_share, state_shardings
+from dit_video.sharding import batch_shardings, global_batch, left_whole, make_mesh, row_share, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
 from dit_video.tasks import Layout, Request, check_request
 from dit_video.weights import lora
@@ -57,12 +57,14 @@ def train(config, workdir, allow_changed=()) -> State:
     the end, weights.safetensors. Typed again it resumes; a finished run says so and returns. After SIGTERM or SIGINT
     it saves and raises Preempted (exit code 75). Raises FloatingPointError after ten bad gradients in a row, and
     ValueError for a config that cannot run, or that is not the one the workdir was begun with (but for the keys, or
-    sections of keys, in allow_changed), and for a workdir that is neither on a disk nor on gs://. Whatever the state
-    hangs on ends the run; validation and pictures that fail are logged as errors, and the run goes on.
+    sections of keys, in allow_changed), for a workdir that is neither on a disk nor on gs://, and where a run's
+    processes were given different ones. Whatever the state hangs on ends the run; validation and pictures that fail are
+    logged as errors, and the run goes on.
     """
     # The config.
     check_config(config)
     check_place(workdir)
+    launch.agree(config.to_dict(), allow_changed, workdir)
     workdir = epath.Path(workdir)
     mesh, first, alone = make_mesh(config.mesh), jax.process_index() == 0, jax.process_count() == 1
     run = make_run(config, mesh)
@@ -207,7 +209,15 @@ def train(config, workdir, allow_changed=()) -> State:
 def abstract_state(run: Run, mesh) -> State:
     """The state's shapes, dtypes and shardings on a mesh."""
     abstract = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
+    if jax.process_index() == 0 and (whole := left_whole((abstract.params, abstract.frozen), mesh)):
+        _warn_once(whole)
     return jax.tree.map(_placed, abstract, state_shardings(abstract, mesh, run.config.optimizer.offload))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Logs a warning, however often what it says is found."""
+    logging.warning(text)
 
 
 def trace_step(run: Run, mesh) -> jax.stages.Traced:
@@ -486,11 +496,7 @@ def _all_shards(own: dict) -> dict:
     """The loader's states of all processes' shards."""
     if jax.process_count() == 1:
         return own
-    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    longest = -(-longest // 4096) * 4096  # each length is a program of its own to compile
-    texts = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text)), constant_values=32))
-    return functools.reduce(dict.__or__, (json.loads(row.tobytes()) for row in texts))
+    return functools.reduce(dict.__or__, map(json.loads, launch.all_texts(json.dumps(own))))
 
 
 class _StopRequests:

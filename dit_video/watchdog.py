@@ -16,8 +16,10 @@ import threading
 
 import jax
 
-START = 1800.0  # seconds of patience at least for the start, with what is compiled, and the first steps: others may
-FIRST_STEPS = 2  # still compile while one waits for them there
+# Seconds of patience at least, whatever was asked for, in the start, with what is compiled, and the first steps: others
+# may still compile while one waits for them there. What begins before, joining, has a limit of its own.
+START = 1800.0
+FIRST_STEPS = 2
 TICK = 1.0
 
 
@@ -64,7 +66,10 @@ def moved() -> None:
 
 @contextlib.contextmanager
 def watch(patience: float):
-    """Ends the process, with exit code 1 and the reason on stderr, once its phase has not moved for `patience` s."""
+    """Ends the process, with exit code 1 and the reason on stderr, once its phase has not moved for `patience` s.
+
+    For longer, where a `Phase` says so: in the start, and where it waits for others.
+    """
     done = threading.Event()
     thread = threading.Thread(target=_watch, args=(patience, done), name="watchdog", daemon=True)
     thread.start()

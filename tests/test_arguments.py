@@ -54,6 +54,8 @@ WRONG = {
     "--config.model.depth=0": ["model.depth=0 must lie in [1, inf)."],
     "--config.model.heads=5": ["model.width=192 must be a multiple of model.heads=5. Nearest: 195."],
     "--config.model.attention_pattern=('all','space','time')": ["model.depth=4 must be a multiple of the 3 layers"],
+    "--config.model.text=none": ["model.text_pool=True pools a text, and model.text='none' has none."],
+    "--config.mesh.data=0": ["mesh.data=0 must be -1, all devices that the other axes leave, or lie in [1, inf)."],
     "--config.data.shards=2": ["data.rows=9 must be a multiple of data.shards=2. Nearest: 10."],
     "--config.text.heads=7": ["text.width=128 must be a multiple of text.heads=7. Nearest: 133."],
     "--config.flow.mixture.first=1.5": ["flow.mixture.first=1.5 must lie in [0, 1]."],
@@ -105,6 +107,15 @@ def test_the_commands_themselves(tmp_path, command):
     assert (done.returncode, done.stdout, said) == (1, "", [wanted])
     assert not any(line.endswith("| jax") for line in done.stderr.splitlines())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("tokens", ["-5", "0", "nan"])
+def test_a_plan_for_no_patches_is_refused(tokens):
+    given = ["--config=configs/shapes.py", "--topology=cpu:1", f"--tokens={tokens}"]
+    command = [sys.executable, "-m", "dit_video.plan", *given]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (1, "") and "Traceback" not in done.stderr
+    assert f"flag --tokens={float(tokens)}: must be a number above 0." in done.stderr
 
 
 # Any text, file, or truth value will do for these; the form of the prompts is looked at by itself.

@@ -77,6 +77,40 @@ def test_a_script_can_be_read(name):
     subprocess.run(["bash" if name.endswith(".sbatch") else "sh", "-n", LAUNCH / name], check=True)
 
 
+# What another shell is given runs at once, in a folder of its own, where Python, pip and uv only tell what they were
+# given; to what else it is asked the stand-in says yes.
+STAND_IN = """#!/bin/sh
+for given; do
+    case $given in --command=*) cd "$HOSTS" && exec sh -c "${given#--command=}" ;; esac
+done
+case " $* " in *" scp "*) cp "$5" "$HOSTS" ;; esac
+"""
+TELLS = """#!/bin/sh
+for given; do printf '%s\\0' "$given" >>"$HOSTS/given"; done
+"""
+
+
+@pytest.mark.parametrize(("name", "tool"), [("tpu-vm.sh", "gcloud"), ("gke-xpk.sh", "xpk")])
+def test_flags_reach_the_hosts_as_they_were_given(tmp_path, name, tool):
+    """Spaces, quotes and what a shell would take for its own; and the Python is not the one that the host has."""
+    if name == "tpu-vm.sh" and not (ROOT / ".git").exists():
+        pytest.skip("what is sent to the hosts is taken from git")
+    flags = ["--config.data.drop=(0.5, 0.5)", '--config.sample.prompts=("16x16x1@8: a dog\'s $HOME",)', "--a=\\*"]
+    hosts, python = tmp_path / "hosts", tmp_path / "hosts" / "dit_video" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    for path, program in ((tmp_path / tool, STAND_IN), (python, TELLS), (tmp_path / "python", TELLS)):
+        path.write_text(program)
+        path.chmod(0o755)
+    for other in ("python3", "pip", "pip3", "uv", "sudo"):  # nothing is installed on this machine, whatever is asked
+        (tmp_path / other).symlink_to("python")
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOSTS": str(hosts)}
+    env |= dict.fromkeys(("NAME", "ZONE", "TYPE", "CLUSTER", "IMAGE"), "x")
+    subprocess.run(["sh", LAUNCH / name, *flags], env=env, check=True, timeout=120)
+    given = (hosts / "given").read_text().split("\0")[:-1]
+    assert given[-5:] == ["-m", "dit_video.train", *flags]
+    assert name != "tpu-vm.sh" or given[given.index("install") :][:4] == ["install", "-q", "--user", "uv"]
+
+
 SRUN = """#!/bin/sh
 # Two tasks of one node, as srun starts them.
 shift

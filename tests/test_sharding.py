@@ -5,6 +5,7 @@ B rows of the global batch, one for each of eight devices.
 
 import dataclasses
 import itertools
+import re
 import types
 
 import jax
@@ -18,7 +19,17 @@ from test_trainer import Tiny, assert_close, awake, first_batches, tiny
 from configs import dit
 from dit_video.flow import named_key
 from dit_video.patches import Cond
-from dit_video.sharding import HOST, ROWS, global_batch, make_mesh, require_host_memory, state_shardings
+from dit_video.sharding import (
+    AXES,
+    HOST,
+    ROWS,
+    gathered,
+    global_batch,
+    left_whole,
+    make_mesh,
+    require_host_memory,
+    state_shardings,
+)
 from dit_video.step import abstract_batch, make_run
 from dit_video.trainer import abstract_state, trace_step
 
@@ -188,6 +199,71 @@ def test_every_parameter_has_a_rule():
     state_shardings({"dit": jax.eval_shape(run.model.init, key, batch.patches, cond)["params"]}, mesh)
     with pytest.raises(ValueError, match="parameter 'adapter' .* has no rule"):
         state_shardings({"dit": {"adapter": jnp.zeros((2, 2))}}, mesh)
+
+
+XL = {
+    "block_q": (28, 1152, 1152),
+    "block_mlp_in": (28, 1152, 4608),
+    "block_mlp_out": (28, 4608, 1152),
+    "level_in": (256, 1152),
+    "last": (1152, 32),
+}
+
+
+def test_what_one_side_does_not_divide_is_cut_along_the_other():
+    """256 divide no side of 1,152, but the other side of most matrices; a layer of the stack is never cut off.
+
+    What is whole then is told, with its share, and a size that divides.
+    """
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in XL.items()}
+    mesh_of_chips = lambda *sizes: jax.sharding.AbstractMesh(sizes, AXES)
+    held = lambda mesh: {n: s.shard_shape(XL[n]) for n, s in state_shardings(tree, mesh).items()}
+    assert held(mesh_of_chips(1, 256, 1, 1)) == {
+        "block_q": (28, 1152, 1152),
+        "block_mlp_in": (28, 1152, 18),
+        "block_mlp_out": (28, 18, 1152),
+        "level_in": (1, 1152),
+        "last": (1152, 32),
+    }
+    assert held(mesh_of_chips(1, 256, 2, 9))["block_mlp_in"] == (28, 128, 9)
+    deep = {"block_q": jax.ShapeDtypeStruct((256, 18, 18), jnp.float32)}
+    assert state_shardings(deep, mesh_of_chips(1, 256, 1, 1))["block_q"].is_fully_replicated
+    # The share that is whole: block_q and last, of all five.
+    share = r"holds 11\.\d% of the weights, .* mesh.fsdp=256 x mesh.sequence=1 would leave it 0\.4%, .* no side of "
+    said = share + r"block_q \[28, 1152, 1152\], last \[1152, 32\]\. mesh\.fsdp=128, with mesh\.data=4, cuts them\."
+    assert re.search(said, left_whole(tree, mesh_of_chips(2, 256, 1, 1)))
+    assert left_whole(tree, mesh_of_chips(4, 128, 1, 1)) == ""
+
+
+def test_a_weight_is_used_as_if_it_had_been_cut_where_it_should():
+    """Gathered, but for what tensor cuts, where fsdp cuts the side beside it too, and where it cuts its own."""
+    mesh = mesh_of(1, 4, 2)
+    for shape in ((6, 16), (8, 16)):
+        w = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+        placed = jax.device_put(w[None], state_shardings({"block_q": w[None]}, mesh)["block_q"])
+        assert placed.addressable_shards[0].data.size == w.size / 8
+        used = jax.jit(lambda placed: gathered(mesh, "block_q", placed[0]))(placed)
+        assert used.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "tensor")), 2)
+        np.testing.assert_array_equal(used, w)
+
+
+@pytest.mark.slow
+def test_a_mesh_that_divides_no_width_gives_the_same_step(caplog):
+    """Weights cut along their other side, or whole, train as on one device (1e-5), and what is whole is told."""
+    config = tiny(FOUR_HEADS | {"model.heads": 2, "model.width": 36})
+    run, key = make_run(config), jax.random.key(0)
+    state = jax.jit(run.init)(named_key(key, "init"))
+    state = dataclasses.replace(state, params=awake(state.params), ema=awake(state.ema))
+    batch = first_batches(run, 1)[0]
+    wanted_state, wanted = jax.jit(run.step)(state, batch, key)
+    config.mesh = mesh_config(1, 8)
+    mesh = make_mesh(config.mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(make_run(config, mesh), mesh))
+    assert "would leave it 12.5%, as they divide no side of block_" in caplog.text
+    step = jax.jit(make_run(config, mesh).step, out_shardings=(shardings, None))
+    after, metrics = step(jax.device_put(state, shardings), global_batch(batch, mesh), key)
+    assert_close(metrics, wanted, 1e-5)
+    assert_close(gradients(after), gradients(wanted_state), 1e-5)
 
 
 @pytest.mark.parametrize(

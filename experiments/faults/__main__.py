@@ -9,6 +9,7 @@ WORKDIR/README.md, the table of this folder's README.md, tells what all rounds s
 take another WORKDIR. Exits with 1 where something was lost.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -164,10 +165,10 @@ def disk(unbroken, once):
         mounted = subprocess.run(mount, capture_output=True, text=True)
         if mounted.returncode:
             return f"not tried: {mounted.stderr.strip()}"
+        process = resume.start(run)
         try:
-            process = resume.start(run)
             processes.when([process], lambda: resume.complete(run) >= 6)
-            ballast.write_bytes(bytes(max(free_bytes(run) - 50_000, 0)))
+            fill(ballast, 50_000)
             assert processes.ended([process]) == [1], "the run went on over a full disk"
             printed, sound = text_of(log_of(run)), resume.complete(run)
             named = re.search(r"checkpoint \S+/0*(\d+) could not be (written|begun)|No space left", printed)
@@ -179,6 +180,8 @@ def disk(unbroken, once):
             assert code == 0 and f"from step {sound} " in printed, printed[-2000:]
             resume.assert_same(run, unbroken[1])
         finally:
+            process.kill()
+            process.wait()
             subprocess.run(["umount", "--lazy", run], check=True)
 
     refused = once("one", fill_up)
@@ -340,9 +343,13 @@ def text_of(path):
     return path.read_text() if path.exists() else ""
 
 
-def free_bytes(path):
-    found = os.statvfs(path)
-    return found.f_bavail * found.f_frsize
+def fill(ballast, left):
+    """Writes a file until its file system is full, and takes `left` bytes of it away again: others write there too."""
+    with ballast.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(2**16)):
+                pass
+        file.truncate(max(file.tell() - left, 0))
 
 
 # The rounds.

@@ -7,9 +7,12 @@
 #
 # TYPE=v5p-512 is the 256 chips of `--topology=v5p:4x8x8`; SLICES=2 takes two of them, with rows, shards and mesh.data
 # twice as many.
-# Not run: there was no cluster at hand. Checked with sh -n.
+# Not run: there was no cluster at hand. tests/test_launch_files.py runs it with a stand-in for xpk: the command that it
+# is given has the flags as they were given.
 set -eu
 : "${CLUSTER:?}" "${IMAGE:?}"
+# The flags for one more shell, as they are: each in quotes of its own.
+flags=$(for flag; do printf " '%s'" "$(printf %s "$flag" | sed "s/'/'\\\\''/g")"; done)
 exec xpk workload create --cluster="$CLUSTER" --workload="${NAME:-dit-video}" --docker-image="$IMAGE" \
     --tpu-type="${TYPE:-v5p-512}" --num-slices="${SLICES:-1}" --max-restarts=100 \
-    --command="python -m dit_video.train $*"
+    --command="python -m dit_video.train$flags"
