@@ -59,7 +59,7 @@ def join(
     # jax would end the process too, in C++ and without a word of who is missing: here that is not waited for.
     limits["initialization_timeout"] = int(timeout) + 60
     try:
-        with _within(timeout):
+        with _within(timeout, coordinator, num_processes, process_id):
             jax.distributed.initialize(coordinator, num_processes, process_id, **limits)
     except ValueError as error:
         if not missing or "coordinator_address" not in str(error):
@@ -89,9 +89,9 @@ def _port(address: str) -> int | None:
 
 
 @contextlib.contextmanager
-def _within(timeout: float):
+def _within(timeout: float, *given):
     """Ends the process, whatever jax does in C++ meanwhile, where this lasts longer."""
-    timer = threading.Timer(timeout, _give_up, [timeout])
+    timer = threading.Timer(timeout, _give_up, [timeout, *given])
     timer.daemon = True
     timer.start()
     try:
@@ -100,18 +100,10 @@ def _within(timeout: float):
         timer.cancel()
 
 
-def _joining() -> tuple[str | None, int, int]:
-    """(coordinator, how many processes, which this is) as given or found; jax has no public name for them."""
-    from jax._src.distributed import global_state as state
-
-    return state.coordinator_address, state.num_processes, state.process_id
-
-
-def _give_up(timeout: float) -> None:
+def _give_up(timeout: float, address: str | None, count: int | None, process: int | None) -> None:
     """Ends a process that has waited for long enough, and tells what it can know of those it waited for."""
-    address, count, process = _joining()
     if address is None:
-        found = "nothing has said yet where process 0 is"
+        found = "whom it waits for was found, not given; --coordinator, --num_processes and --process_id say it"
     elif process:
         found = f"process {process} of {count} found no process 0 at {address}"
         if _answers(address):
