@@ -106,8 +106,8 @@ def products(run: Run, mesh) -> list[Product]:
         for name in ("text k", "text v"):
             dense(name, S, D, D, L, remat=again[0])
         attention("text attention", N, S, D, m.heads, L, again[1])
-    if m.text_pool or m.text == "pooled":
-        out.append(Product("text pool", B, G, S, E, 1 + learned, weight=False))
+    pools = m.text_pool + (m.text == "pooled")
+    out.append(Product("text pool", B, G, S, E, pools * (1 + learned), weight=False))
     if m.text_pool:
         dense("text pool", G, E, D, inner=learned)
     if isinstance(run.text.module, WordEncoder):

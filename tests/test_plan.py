@@ -52,6 +52,7 @@ CASES = {
     "nothing again, embeddings": dict(model__remat="none", text__kind="embeddings", model__position="rope"),
     "a ring within its reach": dict(mesh__fsdp=1, mesh__sequence=8, data__max_tokens=16, data__length=256),
     "whole rows, heads apart": dict(mesh__fsdp=2, mesh__tensor=2, mesh__sequence=2, mesh__exchange="all_to_all"),
+    "pooled twice": dict(model__text="pooled", model__text_pool=True, text__width=64, model__depth=1),
     "a ring in parts": dict(mesh__fsdp=2, mesh__sequence=4, optimizer__accumulate=2, model__remat="full"),
 }
 
