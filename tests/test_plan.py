@@ -143,6 +143,8 @@ def test_a_plan_for_devices_of_the_host(planned):
     # The state and the batch are counted array by array.
     arguments = sum(planned.memory[kind] for kind in ("parameters", "average", "optimizer", "batch"))
     assert abs(arguments / planned.compiled["arguments"] - 1) < 0.01
+    # The state is donated: the step leaves its metrics beside it, and no second state.
+    assert planned.compiled["results"] < 0.01 * planned.compiled["arguments"]
     text = planning.text(planned, 1e12)
     assert "devices of the host" in text and "no times are predicted" in text
     assert "<table>" in planning.page(planned, 1e12)
