@@ -50,7 +50,7 @@ class Product:
         return self.passes * width * (self.batch * self.m * (self.k + self.n) / devices + whole)
 
 
-def keys_per_query(m: DiT, N: int, mesh, block: int = 64) -> int:
+def keys_per_query(m: DiT, N: int, mesh, block: int = BAND) -> int:
     """M of self-attention over a row of N, as `attend` lays it out, or the ring, by whole shares of a row."""
     sequence, span = mesh.shape.get("sequence", 1), m.span
     if sequence > 1 and m.exchange == "ring":
@@ -223,12 +223,13 @@ def _kept(run: Run, mesh, rows: float, layer: float) -> float:
         kept = N * ((3 + cross) * D + ((4 + 2 * cross + wider) * D + F) / T)
         kept += S * 2 * D / T * cross + rows * d.groups * 6 * D * (m.modulation == "block")
         return kept * width + lse
-    # As the step is traced; layer norms and norms of q and k are in float32.
-    floats = 4 + 6 * normed + cross * (2 * m.text_norm + 3 * normed)
-    others = 17 + cross * (4 + m.text_norm) + 2 * wider
+    # As the step is traced, what q, k and v are made of once: float32 in norms. Those with heads lie along tensor.
+    floats, others = 4 + 2 * cross * m.text_norm, 9 + cross * (2 + m.text_norm)
+    floats_of_heads, others_of_heads = (6 + 3 * cross) * normed, 6 + 2 * cross + 2 * wider
     if attended.banded:
-        others += 2 * (_lanes(attended.keys) / BAND - 1)  # k and v once more for each block that sees them
-    return N * D * (floats * 4 + others * width) + (N * 6 * F + layer) / T * width + lse
+        others_of_heads += 2 * (_lanes(attended.keys) / BAND - 1)  # k and v once more for each block that sees them
+    kept = 4 * (floats + floats_of_heads / T) + width * (others + others_of_heads / T)
+    return N * D * kept + (N * 6 * F + layer) / T * width + lse
 
 
 def _kept_of_words(run: Run, rows: float) -> float:

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_sharding import pod
 
-from configs import base, clips, dit, scale, shapes, wan
+from configs import base, clips, dit, latte, scale, shapes, wan
 from dit_video import estimate, planning
 from dit_video.chips import CHIPS
 from dit_video.program import Sent, collectives
@@ -282,7 +282,7 @@ DEEPER |= {"data.length": 6144, "data.max_tokens": 6144}
 SIZES = scale.SIZES["30B"]
 OF_30B = dict(zip("model.depth model.width model.heads model.mlp_width data.max_tokens data.length".split(), SIZES))
 OF_30B |= {"data.rows": 16, "mesh.fsdp": 16, "mesh.sequence": 64}
-HEADS_APART = {"model.depth": 4, "data.rows": 1, "mesh.fsdp": 1, "mesh.sequence": 4, "mesh.exchange": "all_to_all"}
+APART = {"mesh.sequence": 4, "mesh.exchange": "all_to_all"}
 COMPILED = {  # changes of configs/scale.py, and the bytes of a chip that libtpu 0.0.42.1 needs for v5p, least effort
     "of four": (OF_FOUR, 3_853_334_272),
     "a row in four": (OF_FOUR | ONE_ROW, 3_988_409_600),
@@ -301,14 +301,18 @@ COMPILED = {  # changes of configs/scale.py, and the bytes of a chip that libtpu
     "30B of 1,024": (OF_30B, 25_171_368_704),
     "30B, fewer layers, of 64": (OF_30B | {"model.depth": 2, "data.rows": 1, "mesh.fsdp": 1}, 10_696_290_048),
     "30B, fewer layers, of 256": (OF_30B | {"model.depth": 24, "data.rows": 4, "mesh.fsdp": 4}, 15_457_786_624),
-    "whole rows, heads apart": (HEADS_APART, 16_907_201_312),
+    "whole rows, heads apart": ({"model.depth": 4, "data.rows": 1, "mesh.fsdp": 1} | APART, 16_907_201_312),
 }
 OF_CLIPS = {"data.rows": 16, "data.shards": 4, "mesh.fsdp": 4}
+TENSOR = {"data.rows": 32, "mesh.fsdp": 2, "mesh.tensor": 2, "model.remat": "none"}
 OF_DIT = {"data.rows": 32, "data.shards": 4, "mesh.fsdp": 4}
 LARGE = {"data.rows": 512, "data.shards": 4, "mesh.sequence": 4, "model.remat": "full"}
 XL = functools.partial(dit.get_config, "XL/2")
 SHIPPED = {  # the same of configs that train, and of v5e for the last two: float32, and spans that bound attention
     "clips": (clips.get_config, OF_CLIPS, 957_851_616),
+    "clips, heads apart": (clips.get_config, OF_CLIPS | {"mesh.fsdp": 1} | APART, 1_250_774_496),
+    "clips, tensor, nothing again": (clips.get_config, OF_CLIPS | TENSOR, 5_878_186_464),
+    "Latte-XL/2": (latte.get_config, OF_CLIPS, 30_903_798_784),
     "shapes": (shapes.get_config, OF_CLIPS | {"data.rows": 8}, 71_388_672),
     "DiT-B/2": (functools.partial(dit.get_config, "B/2"), OF_DIT, 6_012_944_896),
     "DiT-XL/2, nothing again": (XL, OF_CLIPS | {"model.remat": "none"}, 40_344_350_208),
