@@ -19,8 +19,9 @@ from dit_video.step import Run, abstract_batch
 from dit_video.text.words import BYTES, WordEncoder
 
 # Arrays that one layer's backward pass holds at once, counted among the live ones of programs compiled for v5p: of
-# [N, D] whole and along tensor (with heads), as many more with attention to text, of [N, F], and of [G, D].
-WHOLE, OF_HEADS, TEXT_WHOLE, TEXT_OF_HEADS, OF_MLP, OF_GROUPS = 5, 8, 2, 5, 2, 8
+# [N, D] whole and along tensor (with heads), as many more with attention to text, of [N, F], and of [G, D]. The forward
+# pass holds fewer of [N, D].
+WHOLE, OF_HEADS, TEXT_WHOLE, TEXT_OF_HEADS, OF_MLP, OF_GROUPS, FORWARD = 5, 8, 2, 5, 2, 8, 11
 LANES, BAND = 128, 64  # columns of a tile of a TPU; queries of a block of `attend`, where a span bounds its keys
 MUON_ITERATIONS = 5  # of Newton and Schulz, optax's default
 
@@ -181,7 +182,9 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     pass: by the scan over layers, by a text encoder that learns, and of the noised patches and their error. Gathered
     weights are those outside the blocks, which a program gathers once, in float32, and keeps; one layer's in the
     model's dtype; and all layers' q, k, v and o once more, cut, in the layout of the loop. The working set is what one
-    layer's backward pass holds.
+    layer's backward pass holds; or Muon's update, as far as it is more than all that is gone by then. Arrays are those
+    of programs compiled for TPUs, within 10% of those that experiments/scale/README.md lists, of 0.07 to 50 GB; a
+    model of a few MB is mostly tiles that are not full, and other compilers' temporaries are not these.
 
     An optimizer that is offloaded comes for the update alone, when activations, gathered weights and the working set
     are gone: it counts as far as it is more than these.
@@ -198,7 +201,8 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     gathered = (outside * 4 + layer * width / T + square * 4 / T / cut) * (cut > 1)
     patches = 2 * rows * d.length / size("sequence") * m.patch_values * 4
     kept = m.depth * _kept(run, mesh, rows, layer) + _kept_of_words(run, rows) + patches
-    passing = {"activations": kept, "gathered weights": gathered, "working set": _working(run, mesh, rows)}
+    working = max(_working(run, mesh, rows), _update(run, held["parameters"]) - kept - gathered)
+    passing = {"activations": kept, "gathered weights": gathered, "working set": working}
     passing = {kind: int(n) for kind, n in passing.items()}
     if run.config.optimizer.offload:
         held["optimizer"] = max(held["optimizer"] - sum(passing.values()), 0)
@@ -243,20 +247,30 @@ def _kept_of_words(run: Run, rows: float) -> float:
     return 4 * rows * S * (w.depth * (w.heads * S + 18 * w.width) + S)
 
 
+def _update(run: Run, gradients: float) -> float:
+    """Bytes that Muon holds: all gradients once more, scaled, and one stack of matrices whole, with its square."""
+    if run.config.optimizer.kind != "muon":
+        return 0
+    matrices = [shape for _, shape, _ in block_parameters(run.model).values() if len(shape) == 3]
+    return gradients + 4 * max(layers * (n_in * n_out + min(n_in, n_out) ** 2) for layers, n_in, n_out in matrices)
+
+
 def _working(run: Run, mesh, rows: float) -> float:
     """Bytes of what a layer's backward pass holds: arrays of [N, D], the ring's, and those of attention.
 
-    Of attention, weights in float32 and their gradient in the model's dtype, for a block of queries; where a span
-    bounds the keys, k and v, or their gradients, as each block sees them. Attention to text holds as much, at the same
-    time: but not if attention to patches is a loop, which has the device to itself.
+    Of attention, weights in float32 and their gradient in the model's dtype, for a block of queries (in a loop over
+    blocks in place of the weights, if it can be); where a span bounds the keys, k and v, or their gradients, as each
+    block sees them. Attention to text holds as much, at the same time: but not if attention to patches is a loop, which
+    has the device to itself. The forward pass may hold more in a loop over blocks: logits, and what hides some of them.
     """
     m, d, T = run.model, run.config.data, mesh.shape.get("tensor", 1)
     N, S = rows * d.length / mesh.shape.get("sequence", 1), d.text_length
     D, H, width, cross = m.width, m.heads / T, m.dtype.itemsize, m.text == "cross"
     one, queries = _attention(m, d.length, mesh, rows), d.length // mesh.shape.get("sequence", 1)
-    logits = max(rows, 1) * one.heads * one.block * _lanes(one.keys) * (4 + width)
+    pairs = max(rows, 1) * one.heads * one.block * _lanes(one.keys)
+    logits = pairs * (4 if one.blocks and width == 4 else 4 + width)
     text = cross * max(rows, 1) * H * query_block(queries, max(int(rows * H), 1) * S) * _lanes(S) * (4 + width)
-    attention = max(logits, text) if one.looped else logits + text
+    attention = max(logits, text) if one.ring or one.blocks else logits + text
     if one.banded:
         wider = 3 * (_lanes(D // m.heads) - D // m.heads) * one.heads * rows * d.length  # of q, o and its gradient
         attention += (2 * rows * one.heads * d.length / BAND * _lanes(one.keys) * D // m.heads + wider) * width
@@ -264,14 +278,15 @@ def _working(run: Run, mesh, rows: float) -> float:
         # The sums of dq, dk and dv, and of one device's dk and dv, in float32; keys and values that come.
         attention += N * D / T * (5 * 4 + 2 * width)
     arrays = WHOLE + TEXT_WHOLE * cross + (OF_HEADS + TEXT_OF_HEADS * cross) / T
-    return (arrays * N * D + OF_MLP * N * m.mlp_width / T + OF_GROUPS * rows * d.groups * D) * width + attention
+    backward = (arrays * N * D + OF_MLP * N * m.mlp_width / T + OF_GROUPS * rows * d.groups * D) * width + attention
+    return max(backward, (FORWARD * N * D * width + 8 * pairs) * one.blocks)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Attention:
     """What a device attends to at a time: `block` queries to `keys` with `heads`, of each of its rows.
 
-    ring: keys come from other devices; banded: a span bounds them; looped: blocks, or others' keys, follow in a loop.
+    ring: keys come from other devices, in a loop; banded: a span bounds them; blocks: of queries, in a loop.
     """
 
     block: int
@@ -279,7 +294,7 @@ class _Attention:
     heads: float
     ring: bool
     banded: bool
-    looped: bool
+    blocks: bool
 
 
 def _attention(m: DiT, N: int, mesh, rows: float) -> _Attention:
@@ -291,7 +306,7 @@ def _attention(m: DiT, N: int, mesh, rows: float) -> _Attention:
         queries, keys, heads = N, keys_per_query(m, N, mesh), heads / devices
     banded = not ring and keys < N
     block = queries if banded else query_block(queries, max(int(rows * heads), 1) * keys, N // devices)
-    return _Attention(block, keys, heads, ring, banded, ring or block < queries)
+    return _Attention(block, keys, heads, ring, banded, block < queries)
 
 
 def _lanes(n: int) -> int:

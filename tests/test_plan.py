@@ -304,6 +304,7 @@ COMPILED = {  # changes of configs/scale.py, and the bytes of a chip that libtpu
     "whole rows, heads apart": ({"model.depth": 4, "data.rows": 1, "mesh.fsdp": 1} | APART, 16_907_201_312),
 }
 OF_CLIPS = {"data.rows": 16, "data.shards": 4, "mesh.fsdp": 4}
+LONG = {"data.rows": 8, "data.length": 8192, "data.max_tokens": 8192, "model.remat": "full"}
 TENSOR = {"data.rows": 32, "mesh.fsdp": 2, "mesh.tensor": 2, "model.remat": "none"}
 OF_DIT = {"data.rows": 32, "data.shards": 4, "mesh.fsdp": 4}
 LARGE = {"data.rows": 512, "data.shards": 4, "mesh.sequence": 4, "model.remat": "full"}
@@ -312,6 +313,8 @@ SHIPPED = {  # the same of configs that train, and of v5e for the last two: floa
     "clips": (clips.get_config, OF_CLIPS, 957_851_616),
     "clips, heads apart": (clips.get_config, OF_CLIPS | {"mesh.fsdp": 1} | APART, 1_250_774_496),
     "clips, tensor, nothing again": (clips.get_config, OF_CLIPS | TENSOR, 5_878_186_464),
+    "clips, long ones": (clips.get_config, OF_CLIPS | LONG, 1_600_648_160),
+    "DiT-XL/2, Muon": (XL, OF_DIT | {"data.rows": 8, "model.remat": "full", "optimizer.kind": "muon"}, 4_392_418_784),
     "Latte-XL/2": (latte.get_config, OF_CLIPS, 30_903_798_784),
     "shapes": (shapes.get_config, OF_CLIPS | {"data.rows": 8}, 71_388_672),
     "DiT-B/2": (functools.partial(dit.get_config, "B/2"), OF_DIT, 6_012_944_896),
