@@ -183,7 +183,7 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     weights are those outside the blocks, which a program gathers once, in float32, and keeps; one layer's in the
     model's dtype; and all layers' q, k, v and o once more, cut, in the layout of the loop. The working set is what one
     layer's backward pass holds; or Muon's update, as far as it is more than all that is gone by then. Arrays are those
-    of programs compiled for TPUs, within 10% of those that experiments/scale/README.md lists, of 0.07 to 50 GB; a
+    of programs compiled for TPUs, within 10% of those that experiments/scale/README.md lists, of 0.07 to 57 GB; a
     model of a few MB is mostly tiles that are not full, and other compilers' temporaries are not these.
 
     An optimizer that is offloaded comes for the update alone, when activations, gathered weights and the working set
