@@ -79,12 +79,15 @@ def sees(q_tag, k_tag, window: int | None = None):
     return seen if window is None else seen & (q_block - window < k_block)
 
 
-def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = None, span: int | None = None):
+def attend(
+    q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = None, span: int | None = None, most: int = 0
+):
     """Softmax attention of each query over the keys that its tag lets it see; plain XLA.
 
     span: a promise, for self-attention, that no two patches of a segment lie span or more places apart in the row
     (the longest clip's patches). Keys out of a query's reach are then never computed: cost falls from N to about
-    2 * span keys per query. Returns o_BxNxHxK, in q's dtype, and the log of the softmax's denominator
+    2 * span keys per query. most: queries taken at a time, at most, where all keys are; 0 = as many as `query_block`
+    says. Returns o_BxNxHxK, in q's dtype, and the log of the softmax's denominator
     lse_BxNxH, float32, by which parts can be merged. A query that sees no key gives 0 and -inf.
     """
     B, N, H, K = q_BxNxHxK.shape
@@ -97,7 +100,7 @@ def attend(q_BxNxHxK, k_BxMxHxK, v_BxMxHxK, q_tag, k_tag, window: int | None = N
         return a.reshape(*a.shape[:2], N // size, size, *a.shape[3:])
 
     if span is None or N % block or (2 * reach + 1) * block >= N:
-        o, lse = _softmax_attend(q, k, v, q_tag, k_tag, window, query_block(N, B * H * M))
+        o, lse = _softmax_attend(q, k, v, q_tag, k_tag, window, query_block(N, B * H * M, most))
     else:
 
         def around(a):  # each block with the `reach` blocks on either side of it: C x (2 * reach + 1) * block
@@ -130,9 +133,10 @@ def merge(o_BxNxHxK, lse_BxNxH, more_o_BxNxHxK, more_lse_BxNxH):
     return o, jnp.log(total) + top
 
 
-def query_block(N: int, pairs_per_query: int, most: int = 2**27) -> int:
-    """The largest divisor of N of which as many queries have at most `most` logits."""
-    return next(N // n for n in range(1, N + 1) if N % n == 0 and (N // n * pairs_per_query <= most or n == N))
+def query_block(N: int, pairs_per_query: int, most: int = 0) -> int:
+    """The largest divisor of N of which as many queries have at most 2^27 logits, and not above `most` (0 = any)."""
+    most = min(most or N, max(2**27 // pairs_per_query, 1))
+    return next(N // n for n in range(1, N + 1) if N % n == 0 and N // n <= most)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -18,10 +18,11 @@ from dit_video.sharding import batch_shardings, state_shardings
 from dit_video.step import Run, abstract_batch
 from dit_video.text.words import BYTES, WordEncoder
 
-# What one layer's backward pass holds at once, counted among the live arrays of programs compiled for v5p: of [N, D] in
-# the model's dtype, whole and along tensor (with heads); of [N, F]; and of the ring, float32 counting twice: its sums
-# of dq, dk and dv, what dk and dv of one device's keys are added up in, and the keys and values that come.
-WHOLE, OF_HEADS, OF_MLP, OF_RING = 7, 12, 2, 12
+# Arrays that one layer's backward pass holds at once, counted among the live ones of programs compiled for v5p: of
+# [N, D] whole and along tensor (with heads), as many more with attention to text, of [N, F], and of [G, D]. The forward
+# pass holds fewer of [N, D].
+WHOLE, OF_HEADS, TEXT_WHOLE, TEXT_OF_HEADS, OF_MLP, OF_GROUPS, FORWARD = 5, 8, 2, 5, 2, 8, 11
+LANES, BAND = 128, 64  # columns of a tile of a TPU; queries of a block of `attend`, where a span bounds its keys
 MUON_ITERATIONS = 5  # of Newton and Schulz, optax's default
 
 
@@ -50,7 +51,7 @@ class Product:
         return self.passes * width * (self.batch * self.m * (self.k + self.n) / devices + whole)
 
 
-def keys_per_query(m: DiT, N: int, mesh, block: int = 64) -> int:
+def keys_per_query(m: DiT, N: int, mesh, block: int = BAND) -> int:
     """M of self-attention over a row of N, as `attend` lays it out, or the ring, by whole shares of a row."""
     sequence, span = mesh.shape.get("sequence", 1), m.span
     if sequence > 1 and m.exchange == "ring":
@@ -106,8 +107,8 @@ def products(run: Run, mesh) -> list[Product]:
         for name in ("text k", "text v"):
             dense(name, S, D, D, L, remat=again[0])
         attention("text attention", N, S, D, m.heads, L, again[1])
-    if m.text_pool or m.text == "pooled":
-        out.append(Product("text pool", B, G, S, E, 1 + learned, weight=False))
+    pools = m.text_pool + (m.text == "pooled")
+    out.append(Product("text pool", B, G, S, E, pools * (1 + learned), weight=False))
     if m.text_pool:
         dense("text pool", G, E, D, inner=learned)
     if isinstance(run.text.module, WordEncoder):
@@ -177,11 +178,13 @@ def _jaxprs(value):
 def memory(run: Run, mesh, state) -> dict[str, int]:
     """Bytes per device, by kind, of a training step; mesh: any with axis sizes; state: the State's shapes.
 
-    The state, the gradients and the batch are counted array by array. Activations are what the scan over layers keeps
-    for the backward pass. Gathered weights are those outside the blocks, which a program gathers once, in float32, and
-    keeps; one layer's in the model's dtype; and all layers' q, k, v and o once more, cut, in the layout of the loop.
-    The working set is what one layer's backward pass holds, with attention's logits: those of a block of queries and,
-    in the model's dtype, their gradient; where all queries are taken at once, those of the forward pass too.
+    The state, the gradients and the batch are counted array by array. Activations are what is kept for the backward
+    pass: by the scan over layers, by a text encoder that learns, and of the noised patches and their error. Gathered
+    weights are those outside the blocks, which a program gathers once, in float32, and keeps; one layer's in the
+    model's dtype; and all layers' q, k, v and o once more, cut, in the layout of the loop. The working set is what one
+    layer's backward pass holds; or Muon's update, as far as it is more than all that is gone by then. Arrays are those
+    of programs compiled for TPUs, within 10% of those that experiments/scale/README.md lists, of 0.07 to 57 GB; a
+    model of a few MB is mostly tiles that are not full, and other compilers' temporaries are not these.
 
     An optimizer that is offloaded comes for the update alone, when activations, gathered weights and the working set
     are gone: it counts as far as it is more than these.
@@ -189,36 +192,126 @@ def memory(run: Run, mesh, state) -> dict[str, int]:
     m, d, parts = run.model, run.config.data, run.config.optimizer.accumulate
     size = lambda name: mesh.shape.get(name, 1)
     rows = d.rows / parts / (size("data") * size("fsdp"))
-    N, S, T = rows * d.length / size("sequence"), rows * d.text_length, size("tensor")
-    D, F, H, width = m.width, m.mlp_width, m.heads / T, m.dtype.itemsize
     batch, held = abstract_batch(run.config, run.model, run.text), _state_bytes(run, mesh, state)
-    blocks = block_parameters(m).values()
+    blocks, width = block_parameters(m).values(), m.dtype.itemsize
     layer = sum(math.prod(shape) for _, shape, _ in blocks) / m.depth
-    cross = m.text == "cross"
-    kept = {
-        "full": N * D * width,
-        # What goes in, o and the last product; q, k, v and what is attended; the same of the text, and its k and v.
-        "dots": N * ((3 + cross) * D + ((4 + 2 * cross) * D + F) / T) * width
-        + N * (1 + cross) * 4 * H
-        + (S * 2 * D / T * width if cross else 0),
-        # Thirty of the fifty as fifteen in float32; and each layer's weights as they were gathered.
-        "none": (N * (50 * D + 6 * F / T) + layer / T) * width,
-    }[m.remat]
-    keys = keys_per_query(m, d.length, mesh)
-    keys = min(keys, d.length // size("sequence")) if m.exchange == "ring" else keys
-    here = d.length // size("sequence")
-    block = query_block(here, max(int(rows), 1) * int(H) * keys) if keys == here else here
-    logits = max(rows, 1) * H * block * keys * (4 + width + (4 if block == here else 0))
     outside = sum(a.size for a in jax.tree.leaves(state.params)) - layer * m.depth
-    square = (4 + 2 * cross) * D * D * m.depth
-    cut = size("fsdp") * size("sequence")
+    square = (4 + 2 * (m.text == "cross")) * m.width**2 * m.depth
+    cut, T = size("fsdp") * size("sequence"), size("tensor")
     gathered = (outside * 4 + layer * width / T + square * 4 / T / cut) * (cut > 1)
-    arrays = WHOLE + (OF_HEADS + OF_RING * (m.exchange == "ring" and size("sequence") > 1)) / T
-    working = (arrays * N * D + OF_MLP * N * F / T) * width + logits
-    passing = {"activations": int(kept * m.depth), "gathered weights": int(gathered), "working set": int(working)}
+    patches = 2 * rows * d.length / size("sequence") * m.patch_values * 4
+    kept = m.depth * _kept(run, mesh, rows, layer) + _kept_of_words(run, rows) + patches
+    working = max(_working(run, mesh, rows), _update(run, held["parameters"]) - kept - gathered)
+    passing = {"activations": kept, "gathered weights": gathered, "working set": working}
+    passing = {kind: int(n) for kind, n in passing.items()}
     if run.config.optimizer.offload:
         held["optimizer"] = max(held["optimizer"] - sum(passing.values()), 0)
     return held | passing | {"batch": _shard_bytes(batch, batch_shardings(batch, mesh))}
+
+
+def _kept(run: Run, mesh, rows: float, layer: float) -> float:
+    """Bytes that a device keeps of each layer for the backward pass; layer: a layer's weights.
+
+    Where keys are bounded by a span, what `attend` lays out in blocks of BAND queries is kept as it was laid out.
+    """
+    m, d, T = run.model, run.config.data, mesh.shape.get("tensor", 1)
+    N, S = rows * d.length / mesh.shape.get("sequence", 1), rows * d.text_length
+    D, F, width, cross, normed = m.width, m.mlp_width, m.dtype.itemsize, m.text == "cross", m.qk_norm != "none"
+    attended = _attention(m, d.length, mesh, rows)
+    wider = _lanes(D // m.heads) / (D // m.heads) - 1 if attended.banded else 0  # a head's values in tiles
+    if m.remat == "full":
+        return N * D * width
+    lse = N * (1 + cross) * 4 * m.heads / T
+    if m.remat == "dots":
+        # What goes in, the product after o and the last one; q, k, v and what is attended; the same of the text.
+        kept = N * ((3 + cross) * D + ((4 + 2 * cross + wider) * D + F) / T)
+        kept += S * 2 * D / T * cross + rows * d.groups * 6 * D * (m.modulation == "block")
+        return kept * width + lse
+    # As the step is traced, what q, k and v are made of once: float32 in norms. Those with heads lie along tensor.
+    floats, others = 4 + 2 * cross * m.text_norm, 9 + cross * (2 + m.text_norm)
+    floats_of_heads, others_of_heads = (6 + 3 * cross) * normed, 6 + 2 * cross + 2 * wider
+    if attended.banded:
+        others_of_heads += 2 * (_lanes(attended.keys) / BAND - 1)  # k and v once more for each block that sees them
+    kept = 4 * (floats + floats_of_heads / T) + width * (others + others_of_heads / T)
+    return N * D * kept + (N * 6 * F + layer) / T * width + lse
+
+
+def _kept_of_words(run: Run, rows: float) -> float:
+    """Bytes that a device keeps of the text encoder: all of it, float32, with the weights of its attention.
+
+    Nothing of it is computed again: what its backward pass would, XLA finds to be the same, and keeps.
+    """
+    w, S = run.text.module, run.config.data.text_length
+    if not isinstance(w, WordEncoder) or run.model.text == "none":
+        return 0
+    return 4 * rows * S * (w.depth * (w.heads * S + 18 * w.width) + S)
+
+
+def _update(run: Run, gradients: float) -> float:
+    """Bytes that Muon holds: all gradients once more, scaled, and one stack of matrices whole, with its square."""
+    if run.config.optimizer.kind != "muon":
+        return 0
+    matrices = [shape for _, shape, _ in block_parameters(run.model).values() if len(shape) == 3]
+    return gradients + 4 * max(layers * (n_in * n_out + min(n_in, n_out) ** 2) for layers, n_in, n_out in matrices)
+
+
+def _working(run: Run, mesh, rows: float) -> float:
+    """Bytes of what a layer's backward pass holds: arrays of [N, D], the ring's, and those of attention.
+
+    Of attention, weights in float32 and their gradient in the model's dtype, for a block of queries (in a loop over
+    blocks in place of the weights, if it can be); where a span bounds the keys, k and v, or their gradients, as each
+    block sees them. Attention to text holds as much, at the same time: but not if attention to patches is a loop, which
+    has the device to itself. The forward pass may hold more in a loop over blocks: logits, and what hides some of them.
+    """
+    m, d, T = run.model, run.config.data, mesh.shape.get("tensor", 1)
+    N, S = rows * d.length / mesh.shape.get("sequence", 1), d.text_length
+    D, H, width, cross = m.width, m.heads / T, m.dtype.itemsize, m.text == "cross"
+    one, queries = _attention(m, d.length, mesh, rows), d.length // mesh.shape.get("sequence", 1)
+    pairs = max(rows, 1) * one.heads * one.block * _lanes(one.keys)
+    logits = pairs * (4 if one.blocks and width == 4 else 4 + width)
+    text = cross * max(rows, 1) * H * query_block(queries, max(int(rows * H), 1) * S) * _lanes(S) * (4 + width)
+    attention = max(logits, text) if one.ring or one.blocks else logits + text
+    if one.banded:
+        wider = 3 * (_lanes(D // m.heads) - D // m.heads) * one.heads * rows * d.length  # of q, o and its gradient
+        attention += (2 * rows * one.heads * d.length / BAND * _lanes(one.keys) * D // m.heads + wider) * width
+    if one.ring:
+        # The sums of dq, dk and dv, and of one device's dk and dv, in float32; keys and values that come.
+        attention += N * D / T * (5 * 4 + 2 * width)
+    arrays = WHOLE + TEXT_WHOLE * cross + (OF_HEADS + TEXT_OF_HEADS * cross) / T
+    backward = (arrays * N * D + OF_MLP * N * m.mlp_width / T + OF_GROUPS * rows * d.groups * D) * width + attention
+    return max(backward, (FORWARD * N * D * width + 8 * pairs) * one.blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attention:
+    """What a device attends to at a time: `block` queries to `keys` with `heads`, of each of its rows.
+
+    ring: keys come from other devices, in a loop; banded: a span bounds them; blocks: of queries, in a loop.
+    """
+
+    block: int
+    keys: int
+    heads: float
+    ring: bool
+    banded: bool
+    blocks: bool
+
+
+def _attention(m: DiT, N: int, mesh, rows: float) -> _Attention:
+    devices, heads = mesh.shape.get("sequence", 1), m.heads / mesh.shape.get("tensor", 1)
+    ring = devices > 1 and m.exchange == "ring"
+    if ring:
+        queries = keys = N // devices
+    else:  # whole rows, with a part of the heads
+        queries, keys, heads = N, keys_per_query(m, N, mesh), heads / devices
+    banded = not ring and keys < N
+    block = queries if banded else query_block(queries, max(int(rows * heads), 1) * keys, N // devices)
+    return _Attention(block, keys, heads, ring, banded, block < queries)
+
+
+def _lanes(n: int) -> int:
+    """n in whole tiles."""
+    return -(-n // LANES) * LANES
 
 
 def _state_bytes(run: Run, mesh, state) -> dict[str, int]:

@@ -5,7 +5,8 @@ B rows, N queries and M keys per row, H heads, K head width; here those of one d
 Two ways across the cuts of `sequence`. The ring (Liu et al. 2023, alg. 1) sends keys, values and their tags from
 device to device and merges what is attended by lse: any number of heads, and never more than one device's share of the
 keys at once. All-to-all (Jacobs et al. 2023, sec. 3.1) exchanges patches for heads, so that each device attends to
-whole rows with some of the heads: two exchanges of all arrays, and heads that the axis must divide. Both take the tags
+whole rows with some of the heads: two exchanges of all arrays, and heads that the axis must divide. It takes as many
+queries at a time as a device holds patches of a row, at most: at no N is there an N x N array. Both take the tags
 along, so that a segment may lie across any number of cuts. Rotary positions are in q and k before they get here.
 """
 
@@ -51,7 +52,8 @@ def all_to_all(q_BxNxHxK, k_BxNxHxK, v_BxNxHxK, q_tag, k_tag, window=None, span=
     whole = lambda a: lax.all_to_all(a, AXIS, split_axis=2, concat_axis=1, tiled=True)
     own = lambda a: lax.all_to_all(a, AXIS, split_axis=1, concat_axis=2, tiled=True)
     tags = jax.tree.map(lambda t: lax.all_gather(t, AXIS, axis=1, tiled=True), (q_tag, k_tag))
-    o, lse = attend(whole(q_BxNxHxK), whole(k_BxNxHxK), whole(v_BxNxHxK), *tags, window=window, span=span)
+    qkv = (whole(a) for a in (q_BxNxHxK, k_BxNxHxK, v_BxNxHxK))
+    o, lse = attend(*qkv, *tags, window=window, span=span, most=q_BxNxHxK.shape[1])
     return own(o), own(lse)
 
 

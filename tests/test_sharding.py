@@ -187,6 +187,23 @@ def test_a_state_is_made_in_its_shardings(kind):
     assert made.temp_size_in_bytes < largest / 2
 
 
+def test_each_layer_is_gathered_as_it_is_used():
+    """One layer's matrices by themselves: whole along fsdp and sequence, while what tensor cuts stays cut."""
+    config = tiny(FOUR_HEADS)
+    config.mesh = mesh_config(1, 2, 2, 2)
+    run, key = make_run(config, make_mesh(config.mesh)), jax.random.key(0)
+    batch, params = abstract_batch(config, run.model, run.text), jax.eval_shape(run.init, key).params
+    traced = str(jax.make_jaxpr(run.evaluate)(params, batch, key))
+    found = set(re.findall(r"f32\[(\d+,\d+)\] = sharding_constraint\[.*?spec=P\((.*?)\)", traced, re.DOTALL))
+    D, F = run.model.width, run.model.mlp_width
+    assert {(shape, spec) for shape, spec in found if "tensor" in spec} == {
+        (f"{D},{D}", "None, 'tensor'"),
+        (f"{D},{D}", "'tensor', None"),
+        (f"{D},{F}", "None, 'tensor'"),
+        (f"{F},{D}", "'tensor', None"),
+    }
+
+
 def test_every_parameter_has_a_rule():
     """Of the image knob and of text encoders too; one without a rule is refused by name."""
     mesh, key = mesh_of(1, 2, 2, 2), jax.random.key(0)
