@@ -241,7 +241,7 @@ def _within(media: Media, width: int, height: int, step_yx):
     return fit(media.width, step_yx[1], width), fit(media.height, step_yx[0], height)
 
 
-def _read_frames(media: Media, height: int, width: int, fps: float | None):
+def _read_frames(media: Media, height: int, width: int, fps: float | None, ground: int = 255):
     """video_FxYxXx3 at `fps`, or all of its frames, for None or their own mean rate to 1%; and the rate.
 
     Stamps are rounded (a GIF's to 10 ms), so that frames looked up by time would be one early here and there.
@@ -268,13 +268,14 @@ def _read_frames(media: Media, height: int, width: int, fps: float | None):
             "%s: %dx%d, %d frames, is read as %dx%d, %d frames at %.4g a second.",
             media.path, media.width, media.height, len(stamps), width, height, len(time_T), fps,
         )  # fmt: skip
-    return decode(media, 0.0, time_T, height, width, PATIENT), fps
+    return decode(media, 0.0, time_T, height, width, PATIENT, ground), fps
 
 
 def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | None) -> np.ndarray:
     """mask_TxYxX, True = make anew: of a picture or video that is white there, or of 'box:y0,x0,y1,x1[,t0,t1]'.
 
-    A picture or video must have the size of `media`, the file that it masks, and is resized with it. A box is in
+    White is what is nearer to it in brightness than to black; what is transparent is black. A picture or video must
+    have the size of `media`, the file that it masks, and is resized with it. A box is in
     pixels of the video as it is sampled, its ends not in it, and t0, t1 in frames. fps: the rate that the video was
     read at, None = its own. Raises ValueError, or MediaError.
     """
@@ -305,8 +306,13 @@ def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | N
             f"{f', sampled at {width}x{height}' * (len(sizes) > 1)}: give a mask of the video's size."
         )
     if mask.kind == "image":
-        return decode(mask, 0.0, [0.0], height, width, PATIENT)[..., 0] > 127
-    white_TxYxX = _read_frames(mask, height, width, fps)[0][..., 0] > 127
+        return _white(decode(mask, 0.0, [0.0], height, width, PATIENT, ground=0))
+    white_TxYxX = _white(_read_frames(mask, height, width, fps, ground=0)[0])
     if len(white_TxYxX) not in (1, F):
         raise ValueError(f"the mask {text} has {len(white_TxYxX)} frames and the video {F}: give {F}, or a picture.")
     return white_TxYxX
+
+
+def _white(video_TxYxXx3):
+    """Whether each pixel's luma (ITU-R BT.601) is nearer to white than to black."""
+    return video_TxYxXx3 @ np.array([0.299, 0.587, 0.114], np.float32) > 127.5

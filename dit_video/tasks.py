@@ -206,6 +206,7 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     given_TxYxXx3, known_TxYxX = _canvas(request, T)
     index_T = np.minimum(np.arange(T), F - 1)
     given_TxYxXx3[inside], known_TxYxX[inside] = video_FxYxXx3[index_T], ~_mask(request)[index_T]
+    _check_mask(known_TxYxX)
     return dataclasses.replace(_lay(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
 
 
@@ -225,6 +226,7 @@ def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     if request.mask_TxYxX is not None:
         _check_levels("editing with a mask", layout)
         known_TxYxX[:] = ~_mask(request)[index_T]
+        _check_mask(known_TxYxX)
     start_n = np.full(_known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
     task = _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
     return dataclasses.replace(task, take=slice(0, F))
@@ -642,3 +644,17 @@ def _course(layout, known_TxYxX, known_n, velocity_nxP):
     given_TxYxXx3 = np.repeat(known_TxYxX[..., None], 3, -1).astype(np.float32)
     given_nxP, _ = patchify(layout.codec.encode(given_TxYxXx3), layout.patch)
     return np.where((given_nxP > 0) & ~known_n[:, None], velocity_nxP, np.float32(np.nan)).astype(np.float32)
+
+
+def _check_mask(known_TxYxX):
+    """Raises ValueError unless a mask leaves something known and something to make."""
+    if not known_TxYxX.any():
+        raise ValueError(
+            "the mask is True (white) everywhere, so that nothing of the video is known. Give one that is False "
+            "(black) where the video stays, or no mask, with task='edit'."
+        )
+    if known_TxYxX.all():
+        raise ValueError(
+            "the mask is True (white) nowhere, so that nothing is made anew. Give one that is True (white) somewhere: "
+            "white is what is nearer to it in brightness than to black, and what is transparent is black."
+        )

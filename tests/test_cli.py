@@ -250,6 +250,20 @@ def test_wrong_media_flags(weights, media, tmp_path, given, message):
     assert "\n" not in error.value.code and not (tmp_path / "out").exists()
 
 
+def test_a_mask_is_what_is_bright_and_opaque(media, tmp_path):
+    """Whatever its colours: what is transparent is not white, though a picture of it is shown on white."""
+    mask_YxXx4 = np.zeros((16, 24, 4), np.uint8)
+    white_YxX = np.zeros((16, 24), bool)
+    colours = {(255, 255, 255, 0): False, (255, 255, 255, 255): True, (100, 100, 100, 255): False,
+               (150, 150, 150, 255): True, (0, 255, 0, 255): True, (0, 0, 255, 255): False}  # fmt: skip
+    for x, (colour, white) in enumerate(colours.items()):
+        mask_YxXx4[4:9, 4 * x : 4 * x + 4], white_YxX[4:9, 4 * x : 4 * x + 4] = colour, white
+    Image.fromarray(mask_YxXx4).save(tmp_path / "mask.png")
+    fields = {"task": "paint", "video": str(media / "a.gif"), "mask": str(tmp_path / "mask.png")}
+    (asked,) = requests.read(fields, (8, 8))
+    np.testing.assert_array_equal(asked.request.mask_TxYxX, [white_YxX])
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
