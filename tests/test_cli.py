@@ -23,7 +23,7 @@ from configs import base
 from dit_video import generate, requests
 from dit_video.codecs import make_codec
 from dit_video.data.decode import check, decode
-from dit_video.gallery import write_gif, write_png
+from dit_video.gallery import write_gif, write_mp4, write_png
 from dit_video.sampling import uniform_levels
 from dit_video.step import make_run
 from dit_video.tasks import TASKS, Layout, start_rollout
@@ -200,7 +200,7 @@ def test_flags_are_lines_of_requests(given, lines):
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    """Two moving GIFs of random pixels and 9 frames, 24x16 and 32x16, their first frames, and a mask of 24x16."""
+    """Two moving GIFs of random pixels and 9 frames, 24x16 and 32x16, their first frames, and masks of 24x16."""
     folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
     for name, width in (("a", 24), ("b", 32)):
         video = np.repeat(rng.integers(200, size=(9, 16, width, 1), dtype=np.uint8), 3, 3)  # a palette's worth of greys
@@ -209,6 +209,7 @@ def media(tmp_path_factory):
     mask = np.zeros((16, 24, 3), np.uint8)
     mask[2:13, 8:15] = 255
     write_png(folder / "mask.png", mask)
+    write_gif(folder / "c.gif", np.stack([mask] * 6 + [255 - mask] * 6), 8, 1)
     return folder
 
 
@@ -229,6 +230,10 @@ def frames_of(path, **changes):
         ("paint a.gif", "painting needs a mask, or a size larger than the video's 24x16"),
         ("paint a.gif --mask=b.png", r"mask .*b.png is 32x16 and the video 24x16: give a mask of the video's size"),
         ("paint a.gif --mask=b.gif", r"mask .*b.gif is 32x16 and the video 24x16"),
+        (
+            "paint a.gif --mask=c.gif",
+            r"c.gif has 2 frames in 1.5 s and the video 9 in 1.12 s: give 9, or as many seconds",
+        ),
         ("paint a.gif --mask=box:0,0,9", "mask='box:0,0,9' is not of the form box:y0,x0,y1,x1"),
         ("paint a.gif --mask=box:4,4,20,30", r"video of 16x24 .* 9 frames. Nearest: box:4,4,16,24,0,9"),
         ("edit a.gif --strength=1.5", "strength=1.5 is no level to start from. Choose above 0, and 1 at most"),
@@ -248,6 +253,45 @@ def test_wrong_media_flags(weights, media, tmp_path, given, message):
     with pytest.raises(SystemExit, match=message) as error:
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--task={task}", *words)
     assert "\n" not in error.value.code and not (tmp_path / "out").exists()
+
+
+def test_videos_are_read_as_long_as_they_last(tmp_path):
+    """At any rate, the last frame and those that a GIF merged included; and their masks with them, whatever theirs."""
+    rng = np.random.default_rng(0)
+    scenes = np.repeat(rng.integers(8, 200, size=(13, 16, 24, 1), dtype=np.uint8), 3, 3)
+    still = scenes[[0, 0, 0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 4]]  # what write_gif merges
+    stops = scenes[[0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6]]
+    for name, video, fps in (("v", scenes, 8), ("still", still, 8), ("stops", stops, 8), ("slow", scenes[:2], 1)):
+        write_gif(tmp_path / f"{name}.gif", video, fps, 1)
+    write_mp4(tmp_path / "v.mp4", scenes, 8, 1)
+    request = lambda task, **fields: requests.read(fields | {"task": task}, (8, 8))[0].request
+    read = lambda name, **fields: request("extend", video=str(tmp_path / name), **fields).videos[0]
+    np.testing.assert_array_equal(read("still.gif", fps=8), still)
+    np.testing.assert_array_equal(read("stops.gif", fps=8), stops)
+    np.testing.assert_array_equal(read("still.gif", fps=4), still[:12:2])
+    np.testing.assert_array_equal(read("slow.gif", fps=8), scenes[:2].repeat(8, 0))
+    np.testing.assert_array_equal(read("v.mp4", fps=24), read("v.mp4").repeat(3, 0))
+    connected = request(
+        "connect", video=[str(tmp_path / name) for name in ("v.gif", "slow.gif")]
+    )  # at the first's rate
+    assert [len(video) for video in connected.videos] == [13, 16] and connected.fps == 8
+    # Near its own rate a video is read frame by frame.
+    np.testing.assert_array_equal(read("v.gif", fps=8.05), scenes)
+
+    white_T = np.isin(np.arange(13), [3, 4, 5, 6, 12])
+    mask = np.zeros_like(scenes)
+    mask[white_T, 2:9, 8:15] = 255
+    write_gif(tmp_path / "mask.gif", mask, 8, 1)
+    write_mp4(tmp_path / "mask.mp4", mask, 25, 1)
+    for video, mask, fields, wanted_T in (
+        ("v.mp4", "mask.gif", {}, white_T),
+        ("v.gif", "mask.gif", {"fps": 4.0}, white_T[:12:2]),
+        ("v.gif", "mask.mp4", {}, white_T),
+        ("v.mp4", "mask.mp4", {"fps": 4.0}, white_T[:12:2]),
+        ("still.gif", "mask.gif", {"fps": 8.0}, white_T),
+    ):
+        paths = {"video": str(tmp_path / video), "mask": str(tmp_path / mask)}
+        np.testing.assert_array_equal(request("edit", **paths, **fields).mask_TxYxX[:, 5, 10], wanted_T)
 
 
 def test_a_mask_is_what_is_bright_and_opaque(media, tmp_path):
@@ -371,8 +415,7 @@ def test_real_media(weights, shared, tmp_path):
     )
     made = json.loads((tmp_path / "samples.json").read_text())["samples"]
     for s, path, fps in zip(made, [*paths, picture], (8, 4, 1), strict=True):
-        last = check(path)[0].stamps[-1]
-        time_T = np.arange(int(last * fps + 1e-3) + 1) / fps
+        time_T = np.arange(round((check(path)[0].duration or 0) * fps) or 1) / fps + 0.005
         wanted = frames_of(path, time_T=time_T, height=s["height"], width=s["width"])
         found = [np.asarray(Image.open(p)) for p in sorted((tmp_path / s["name"]).glob("*.png"))]
         assert len(found) == len(wanted) + 4
