@@ -53,13 +53,21 @@ def read_lines(path, step_yx: tuple[int, int]) -> list[Asked]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_once)
             if not isinstance(fields, dict):
                 raise ValueError(f'{line!r} is no JSON object, such as {{"task": "text", "prompt": "..."}}.')
             asked += read(fields, step_yx)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return asked
+
+
+def _once(pairs) -> dict:
+    """A JSON object's pairs as a dict. Raises ValueError for a key that it has twice; json would take the last."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given {len(twice)} times: give it once.")
+    return dict(pairs)
 
 
 def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:

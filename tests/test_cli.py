@@ -81,8 +81,9 @@ def sample_here(*given):
         (["--size=48"], r"size='48' is not of the form WIDTHxHEIGHT"),
         (["--frames=10"], r"frames=10 cannot be encoded.*Nearest: 9 or 13\."),
         (["--fps=-1"], r"fps=-1.0 is not a frame rate"),
-        (["--seed=1", "--seed=2", "--seed=3"], r"--seed was given 3 times for 2 prompts: give it once, or 2 times\."),
-        (["--size=16x16", "--size=8x8", "--size=24x8"], r"--size was given 3 times for 2 prompts"),
+        (["--seed=1", "--seed=2", "--seed=3"], r"--seed was given 3 times for 2 requests: give it once, or 2 times\."),
+        (["--task=extend", *["--video=a.mp4", "--new_frames=4"] * 3], "--prompt was given 2 times for 3 requests"),
+        (["--size=16x16", "--size=8x8", "--size=24x8"], r"--size was given 3 times for 2 requests"),
         (["--image=x.png"], r"task=text takes no image; it belongs to animate"),
         (["--task=animate"], r"task=animate needs image: give --image"),
         (["--task=animate", "--image=missing.png"], r"missing\.png"),
@@ -188,6 +189,13 @@ def test_animated_picture_stays_the_first_frame(weights, tmp_path):
             "--task=extend --video=a.mp4 --video=b.mp4 --prompt=p --fps=8 --fps=12",
             [{"task": "extend", "video": v, "prompt": "p", "fps": fps} for v, fps in (("a.mp4", 8.0), ("b.mp4", 12.0))],
         ),
+        (
+            "--task=edit --video=a.mp4 --prompt=a --prompt=b --strength=0.3 --strength=0.9 --num=2",
+            [
+                {"task": "edit", "video": "a.mp4", "prompt": p, "strength": s, "num": 2}
+                for p, s in (("a", 0.3), ("b", 0.9))
+            ],
+        ),
         ("--prompt=a --prompt=b --frames=5", [{"task": "text", "prompt": p, "frames": 5} for p in "ab"]),
     ],
 )
@@ -196,6 +204,13 @@ def test_flags_are_lines_of_requests(given, lines):
     with flagsaver.flagsaver():
         flags.FLAGS(["sample", *given.split()])
         assert SAMPLE.fields_from_flags() == [{"num": 1} | line for line in lines]
+
+
+@pytest.mark.parametrize("given", ["--task=loop", "--steps=2", "--guidance=2", "--history=1", "--out=x", "--causal"])
+def test_flags_for_all_prompts_are_given_once(given):
+    """absl would take the last without a word."""
+    with flagsaver.flagsaver(), pytest.raises(flags.Error, match=f"{given.split('=')[0]}.*already defined"):
+        flags.FLAGS(["sample", given, given])
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +241,7 @@ def frames_of(path, **changes):
         ("connect a.gif b.gif", r"the videos are 24x16 and 32x16 .* both are resized to. Nearest: --size=24x16"),
         ("extend a.gif --size=20x16", "width=20 .*Nearest: 16 or 24"),
         ("extend a.gif --new_frames=0", "new_frames=0: give 1 frame at least"),
+        ("extend a.gif --new_frames=2 --new_frames=3", "--new_frames was given 2 times for 1 request: give it once"),
         ("extend a.gif --fps=0", "fps=0.0 is not a frame rate"),
         ("paint a.gif", "painting needs a mask, or a size larger than the video's 24x16"),
         ("paint a.gif --mask=b.png", r"mask .*b.png is 32x16 and the video 24x16: give a mask of the video's size"),
@@ -314,6 +330,7 @@ def test_a_mask_is_what_is_bright_and_opaque(media, tmp_path):
         ('{"task": "text", "promt": "a"}', "r.jsonl, line 3: task=text takes no promt; allowed: task, prompt"),
         ('{"task": "dream"}', "line 3: task='dream' is not known. Allowed: text, animate"),
         ('["text"]', "line 3: .* is no JSON object"),
+        ('{"seed": 1, "task": "text", "seed": 1}', "line 3: seed is given 2 times: give it once"),
         ('{"task": "text"', "line 3: "),
         ('{"task": "text", "frames": "9"}', "line 3: frames='9' is no whole number"),
         ('{"task": ["text"]}', r"line 3: task=\['text'\] is no text"),
