@@ -109,13 +109,27 @@ def asked(step_yx: tuple[int, int]) -> list:
     return read_lines(REQUESTS.value, step_yx)
 
 
+def make_out() -> None:
+    """Makes OUT and tries it, since what takes hours to sample may not be lost. Raises ValueError if it cannot be."""
+    from etils import epath
+
+    try:
+        epath.Path(OUT.value).mkdir(parents=True, exist_ok=True)
+        trial = epath.Path(OUT.value) / ".trial"
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--out={OUT.value} cannot be written to ({error.strerror or error}): give a folder that can."
+        ) from error
+
+
 def save_latents(latents, requests):
     """Writes OUT/latents.npz: latents_000, ... (TxYxXxC, float32), prompts, seeds and fps; returns its path."""
     import numpy as np
     from etils import epath
 
     path = epath.Path(OUT.value) / "latents.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"latents_{i:03d}": latents_TxYxXxC for i, latents_TxYxXxC in enumerate(latents)}
     arrays |= {f"{name}s": [getattr(r, name) for r in requests] for name in ("prompt", "seed")}
     with path.open("wb") as file:
@@ -148,6 +162,7 @@ def main(argv):
         given = {"steps": STEPS, "guidance": GUIDANCE, "history": HISTORY, "solver": SOLVER}
         asked_for = {k: flag.value for k, flag in given.items() if flag.value is not None}
         settings = generate.settings_of(config, asked_for)
+        make_out()
         if SAVE.value == "latents":
             requests = [one.request for one in wanted]
             print(save_latents(generate.sample_latents(requests, trained, **asked_for), requests))

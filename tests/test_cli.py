@@ -110,7 +110,16 @@ def test_wrong_sampling_flags(weights, tmp_path, given, message):
     rest = [f"--weights={weights}", f"--out={tmp_path / 'out'}", "--prompt=a", "--prompt=b"]
     with pytest.raises(SystemExit, match=message) as error:
         sample_here(*rest, *given)
-    assert "\n" not in error.value.code and not (tmp_path / "out").exists()
+    assert "\n" not in error.value.code and not any((tmp_path / "out").glob("*"))
+
+
+def test_a_folder_that_cannot_be_written_to(weights, tmp_path):
+    """Is found before anything is sampled: even before a size that cannot be."""
+    (tmp_path / "file").write_text("")
+    for save in ("all", "latents"):
+        given = [f"--weights={weights}", "--prompt=a", "--size=50x32", f"--save={save}"]
+        with pytest.raises(SystemExit, match=r"--out=\S+/out cannot be written to \(Not a directory\): give a folder"):
+            sample_here(*given, f"--out={tmp_path / 'file' / 'out'}")
 
 
 def test_where_there_is_no_run(tmp_path):
@@ -268,7 +277,7 @@ def test_wrong_media_flags(weights, media, tmp_path, given, message):
     words = [w.replace("--mask=", f"--mask={media}/") if "--mask" in w and "box" not in w else w for w in words]
     with pytest.raises(SystemExit, match=message) as error:
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--task={task}", *words)
-    assert "\n" not in error.value.code and not (tmp_path / "out").exists()
+    assert "\n" not in error.value.code and not any((tmp_path / "out").glob("*"))
 
 
 def test_videos_are_read_as_long_as_they_last(tmp_path):
