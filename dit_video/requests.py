@@ -183,7 +183,7 @@ def _read_video(fields, step_yx):
         )
     width, height = inner_width, inner_height = _size(fields, medias[0], step_yx)
     if task == "paint":
-        inner_width, inner_height = _within(medias[0], width, height, step_yx)
+        inner_width, inner_height = _within(medias[0], width, height, step_yx, "mask" in fields)
     asked_fps = None if task == "interpolate" else fields.get("fps")
     videos, fps = [], asked_fps
     for media in medias:
@@ -242,13 +242,24 @@ def _size(fields, media: Media, step_yx):
     return fit(media.width, step_yx[1]), fit(media.height, step_yx[0])
 
 
-def _within(media: Media, width: int, height: int, step_yx):
-    """The size at which a video is painted around: its own if it fits, else the largest that does, in whole patches."""
-    if media.width <= width and media.height <= height:
-        return media.width, media.height
-    scale = min(width / media.width, height / media.height)
+def _within(media: Media, width: int, height: int, step_yx, masked: bool):
+    """The size at which a video is painted around: its own if it fits, else the largest that does, in whole patches.
+
+    With a mask, and a size that is nowhere larger than the video's (to whole patches), that size: it is painted within
+    alone. Raises ValueError where there is neither a mask nor anything around.
+    """
+    own = _size({}, media, step_yx)
+    if masked and width <= own[0] and height <= own[1]:
+        return width, height
+    scale = min(width / media.width, height / media.height, 1)
     fit = lambda length, step, most: min(max(round(scale * length / step), 1) * step, most)
-    return fit(media.width, step_yx[1], width), fit(media.height, step_yx[0], height)
+    inner = fit(media.width, step_yx[1], width), fit(media.height, step_yx[0], height)
+    if not masked and (width, height) in (own, inner):
+        raise ValueError(
+            f"painting needs a mask, or a size larger than the video's {media.width}x{media.height}, such as "
+            f"--size={own[0] + 2 * step_yx[1]}x{own[1] + 2 * step_yx[0]}: at {width}x{height} nothing is around it."
+        )
+    return (media.width, media.height) if media.width <= width and media.height <= height else inner
 
 
 def _times(media: Media, fps: float | None):

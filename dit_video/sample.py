@@ -27,7 +27,7 @@ SEED = flags.DEFINE_multi_integer("seed", [], "Seed of the noise, 0 by default."
 IMAGE = flags.DEFINE_multi_string("image", [], "animate: the picture to start from.")
 VIDEO = flags.DEFINE_multi_string("video", [], "The file to start from; connect: the two files.")
 MASK = flags.DEFINE_multi_string(
-    "mask", [], "paint, edit: a picture or video, white = anew, or box:y0,x0,y1,x1[,t0,t1]."
+    "mask", [], "paint, edit: a picture or video, white = anew, or box:y0,x0,y1,x1[,t0,t1] of the video as it is read."
 )
 DIRECTION = flags.DEFINE_multi_enum("direction", [], ["forward", "backward"], "extend: where to; forward by default.")
 NEW_FRAMES = flags.DEFINE_multi_integer("new_frames", [], "extend, connect, loop: frames to make, 8 by default.")

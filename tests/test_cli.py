@@ -253,6 +253,10 @@ def frames_of(path, **changes):
         ("extend a.gif --new_frames=2 --new_frames=3", "--new_frames was given 2 times for 1 request: give it once"),
         ("extend a.gif --fps=0", "fps=0.0 is not a frame rate"),
         ("paint a.gif", "painting needs a mask, or a size larger than the video's 24x16"),
+        (
+            "paint b.gif --size=16x8",
+            "a size larger than the video's 32x16, such as --size=48x32: at 16x8 nothing is around",
+        ),
         ("paint a.gif --mask=b.png", r"mask .*b.png is 32x16 and the video 24x16: give a mask of the video's size"),
         ("paint a.gif --mask=b.gif", r"mask .*b.gif is 32x16 and the video 24x16"),
         (
@@ -317,6 +321,24 @@ def test_videos_are_read_as_long_as_they_last(tmp_path):
     ):
         paths = {"video": str(tmp_path / video), "mask": str(tmp_path / mask)}
         np.testing.assert_array_equal(request("edit", **paths, **fields).mask_TxYxX[:, 5, 10], wanted_T)
+
+
+def test_what_is_painted_around(media, shared):
+    """The video at its own size, or at the largest that fits: only where the size is larger, or there is no mask."""
+    clip = shared / "clips" / "videos" / "m3_deck_480x270_av1_10bit.mp4"
+    if not clip.exists():
+        pytest.skip(f"no {clip}")
+    large, box = {"video": str(clip), "fps": 1.0}, {"mask": "box:0,0,9,9"}
+    small = {"video": str(media / "b.gif")}
+    for fields, width, height in (
+        (small | {"size": "48x16"}, 32, 16), (small | box | {"size": "48x16"}, 32, 16), (small | box, 32, 16),
+        (small | {"size": "24x24"}, 24, 16), (small | box | {"size": "24x24"}, 24, 16),
+        (small | box | {"size": "24x16"}, 24, 16), (small | {"size": "16x16"}, 16, 8), (large | box, 480, 272),
+        (large | {"size": "48x32"}, 48, 24), (large | box | {"size": "48x32"}, 48, 32),
+    ):  # fmt: skip
+        (asked,) = requests.read(fields | {"task": "paint"}, (8, 8))
+        assert asked.request.videos[0].shape[1:3] == (height, width), fields
+        assert asked.request.mask_TxYxX is None or asked.request.mask_TxYxX.shape[1:] == (height, width)
 
 
 def test_a_mask_is_what_is_bright_and_opaque(media, tmp_path):
