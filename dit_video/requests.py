@@ -57,8 +57,12 @@ def read_lines(path, step_yx: tuple[int, int]) -> list[Asked]:
             if not isinstance(fields, dict):
                 raise ValueError(f'{line!r} is no JSON object, such as {{"task": "text", "prompt": "..."}}.')
             asked += read(fields, step_yx)
+        except json.JSONDecodeError as error:  # whose own words count lines too: of this one alone
+            raise ValueError(f"{path}, line {number}: no JSON, {error.msg} at column {error.colno}.") from error
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
+    if not asked:
+        raise ValueError(f'{path} asks for nothing: give a line such as {{"task": "text", "prompt": "..."}}.')
     return asked
 
 

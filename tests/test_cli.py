@@ -362,7 +362,7 @@ def test_a_mask_is_what_is_bright_and_opaque(media, tmp_path):
         ('{"task": "dream"}', "line 3: task='dream' is not known. Allowed: text, animate"),
         ('["text"]', "line 3: .* is no JSON object"),
         ('{"seed": 1, "task": "text", "seed": 1}', "line 3: seed is given 2 times: give it once"),
-        ('{"task": "text"', "line 3: "),
+        ('{"task": "text"', "line 3: no JSON, Expecting ',' delimiter at column 16"),
         ('{"task": "text", "frames": "9"}', "line 3: frames='9' is no whole number"),
         ('{"task": ["text"]}', r"line 3: task=\['text'\] is no text"),
         ('{"task": "text", "guidance": "abc"}', "line 3: guidance='abc' is no finite number"),
@@ -380,6 +380,12 @@ def test_wrong_lines_of_requests(weights, tmp_path, line, message):
     """The line's number, and what is wrong with it."""
     (tmp_path / "r.jsonl").write_text('{"prompt": "a"}\n\n' + line)
     with pytest.raises(SystemExit, match=message):
+        sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
+
+
+def test_requests_that_ask_for_nothing(weights, tmp_path):
+    (tmp_path / "r.jsonl").write_text("\n\n")
+    with pytest.raises(SystemExit, match=r"r.jsonl asks for nothing: give a line such as"):
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
 
 
