@@ -183,7 +183,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             closing = loop(dataclasses.replace(request, videos=(tasks[i].given_TxYxXx3,)), layout, level_K)
         else:
             tasks[i] = TASKS[kinds[i]](request, layout, level_K)
-        if i in tasks and (words := told(closing if i in unmade else tasks[i], layout)):
+        if i in tasks and (words := told(closing if i in unmade else tasks[i], layout, request.context)):
             logging.warning("request %d, %s: %s.", i, kinds[i], words)
 
     _warn_of_large(requests, tasks, trained.config.data.max_tokens)

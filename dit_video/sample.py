@@ -31,7 +31,9 @@ MASK = flags.DEFINE_multi_string(
 )
 DIRECTION = flags.DEFINE_multi_enum("direction", [], ["forward", "backward"], "extend: where to; forward by default.")
 NEW_FRAMES = flags.DEFINE_multi_integer("new_frames", [], "extend, connect, loop: frames to make, 8 by default.")
-CONTEXT = flags.DEFINE_multi_integer("context", [], "Frames next to the new ones that the model sees; by default all.")
+CONTEXT = flags.DEFINE_multi_integer(
+    "context", [], "Frames next to the new ones that the model sees, in whole groups; by default all."
+)
 STRENGTH = flags.DEFINE_multi_float(
     "strength", [], "edit (0.6 by default), interpolate (0.8): the level to start from."
 )

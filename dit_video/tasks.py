@@ -324,8 +324,8 @@ def task_of(request: Request) -> str:
     return task
 
 
-def told(task: Task, layout: Layout) -> str:
-    """How much of what is given the model knows, in words; '' where it knows all of it.
+def told(task: Task, layout: Layout, context: int | None = None) -> str:
+    """How much of what is given the model knows, in words; '' where it knows all of it, or of the context asked for.
 
     Counted apart: whole frames that share a group of the codec's stride with frames that are not given, and pixels of
     other patches that are given in part (masks are dilated to whole patches).
@@ -334,16 +334,21 @@ def told(task: Task, layout: Layout) -> str:
     known_n = task.level_Kxg[0][task.piece.group_n] == 0
     seen_TxYxX = known_n.reshape(task.grid.shape).repeat(st * pt, 0)[st - 1 :].repeat(sy * py, 1).repeat(sx * px, 2)
     # What is cut may be frames that repeat the last; but of a loop it is the video itself.
+    seen_T = seen_TxYxX.all((1, 2))
+    ends = [int(n) for n in (seen_T.argmin(), seen_T[::-1].argmin()) if n]
+    words = []
+    if context is not None and ends != [context] * len(ends):
+        words += [f"of context={context} frames the model sees {' and '.join(map(str, ends))}, in whole groups of {st}"]
     unseen_TxYxX = (task.known_TxYxX & ~seen_TxYxX)[task.take if task.before_FxYxXx3 is None else slice(None)]
     whole_T = unseen_TxYxX.all((1, 2))
     frames, pixels = int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum())
-    if not frames + pixels:
-        return ""
-    return (
-        f"the model knows {known_n.sum()} of {known_n.size} patches; not among them, and put back after decoding: "
-        f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
-        f"{sx * px}x{sy * py} that the mask touches"
-    )
+    if frames + pixels:
+        words += [
+            f"the model knows {known_n.sum()} of {known_n.size} patches; not among them, and put back after decoding: "
+            f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
+            f"{sx * px}x{sy * py} that the mask touches"
+        ]
+    return "; ".join(words)
 
 
 def prompts_of(request: Request) -> list[str]:
@@ -377,9 +382,15 @@ class Window:
 def start_rollout(request: Request, layout: Layout) -> tuple[Task, Window]:
     """The layout that all chunks share, and the window before the first: noise alone."""
     _check_rollout(request, layout)
+    _check_new_frames(request)
     st, context = layout.codec.stride[0], _context(request, layout)
+    if context != _legal(context, st):
+        above = _legal(context, st)
+        raise ValueError(
+            f"context={context} must be 1 + {st}k frames (the codec's stride). Nearest: {above - st} or {above}."
+        )
     if request.window != _legal(request.window, st) or rollout_latents(request, layout)[1] < 1:
-        nearest = max(_legal(request.window, st), _legal(context + 1, st))
+        nearest = max(_legal(request.window, st), context + st)
         raise ValueError(
             f"window={request.window} must be 1 + {st}k frames (the codec's stride), more than context={context}. "
             f"Nearest: {nearest}."
@@ -469,7 +480,7 @@ def _latent_noise(request, layout, t):
 
 
 def _context(request, layout):
-    return 1 + layout.codec.stride[0] if request.context is None else max(request.context, 1)
+    return 1 + layout.codec.stride[0] if request.context is None else request.context
 
 
 # What requests are held against.

@@ -278,6 +278,13 @@ def test_what_the_model_does_not_know_of_the_given_is_counted():
     # Of 5 known frames, 6 new ones and the first again, frames 11 and 12 lie in the group of 9 ... 12.
     assert ": 2 given frames in groups of 4" in told(laid(ALL_TASKS["loop"]), layout)
     assert told(laid(dataclasses.replace(ALL_TASKS["loop"], new_frames=8)), layout) == ""
+    # Whole groups of a context: 1 + 4k frames before the new ones, 4k after.
+    for name, context, seen in (
+        ("forward", 6, "5"), ("forward", 5, ""), ("backward", 5, "4"), ("backward", 4, ""), ("loop", 6, "5 and 4"),
+    ):  # fmt: skip
+        request = dataclasses.replace(ALL_TASKS[name], context=context, new_frames=8)
+        words = f"of context={context} frames the model sees {seen}, in whole groups of 4" if seen else ""
+        assert told(laid(request), layout, context) == words
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
@@ -491,6 +498,8 @@ def test_tasks_that_cannot_be_laid_out_are_refused(name, changes, says):
     [
         ({"window": 12}, r"window=12 must be 1 \+ 4k frames .* context=5. Nearest: 13"),
         ({"window": 5}, "window=5 must be .*, more than context=5. Nearest: 9"),
+        ({"context": -5}, "context=-5: give 1 frame at least"),
+        ({"context": 8}, r"context=8 must be 1 \+ 4k frames \(the codec's stride\). Nearest: 5 or 9"),
         ({"frames": 0}, "frames=0: a roll-out makes 1 frame at least"),
         ({"task": "dream"}, "task='dream' is not known. Allowed: 'text', .*'rollout'"),
     ],
