@@ -287,11 +287,17 @@ def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     prompt_n = np.searchsorted(time_j, task.piece.pos_nx3[:, 0] + 1e-4, side="right") - 1
     unseen = sorted(set(range(len(time_j))) - set(prompt_n))
     if unseen:
-        times = np.unique(task.piece.pos_nx3[:, 0])
+        times, j = np.unique(task.piece.pos_nx3[:, 0]), np.arange(len(time_j))
+        # Each at the first latent frame from its time on that none before it holds, as far as there are any.
+        at_j = np.maximum.accumulate(np.searchsorted(times, time_j - 1e-4) - j) + j
+        at_j = np.minimum(at_j, len(times) - len(j) + j)
+        st = layout.codec.stride[0]
+        more = f"frames={max(1 + (len(j) - 1) * st, _legal(1 + int(np.ceil(time_j[-1] * request.fps)), st))}"
+        nearest = ", ".join(f"{t:g}" for t in times[at_j]) + " s, or more frames" if at_j[0] == 0 else more
         raise ValueError(
             f"the timeline's prompt at {time_j[unseen[0]]:g} s is seen by nothing: frames={request.frames} at "
             f"{request.fps:g} a second have latent frames at {', '.join(f'{t:g}' for t in times)} s, and each sees one "
-            f"prompt. Nearest: {times[np.abs(times - time_j[unseen[0]]).argmin()]:g} s, or more frames."
+            f"prompt. Nearest: {nearest}."
         )
     ids = [layout.tokenise(text) for text in prompts]
     piece = dataclasses.replace(

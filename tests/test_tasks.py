@@ -399,6 +399,28 @@ def test_patches_of_a_timeline_see_the_prompt_of_their_time():
     assert len(numbers) == 6 and 0 not in numbers
 
 
+def test_the_nearest_timeline_can_be_laid_out():
+    """What the error suggests: other times, or as many frames as there are prompts for."""
+    rng, refused = np.random.default_rng(0), collections.Counter()
+    for _ in range(60):
+        times = np.cumsum([0, *rng.uniform(0.05, 0.7, rng.integers(5))])
+        request = Request("", 24, 16, 1 + 4 * rng.integers(1, 5), task="timeline")
+        for attempt in range(3):
+            try:
+                laid(dataclasses.replace(request, timeline=tuple((t, "a") for t in times)))
+                break
+            except ValueError as error:
+                nearest = str(error).split("Nearest: ")[1]
+            refused[attempt, nearest.split("=")[0] == "frames"] += 1
+            if nearest.startswith("frames="):
+                request = dataclasses.replace(request, frames=int(nearest[7:-1]))
+            else:
+                times = np.array([float(t) for t in nearest.split(" s")[0].split(",")])
+        else:
+            pytest.fail(f"{request.frames} frames: {times}")
+    assert refused[0, True] > 5 and refused[0, False] > 5 and refused[2, True] + refused[2, False] == 0
+
+
 # Roll-outs
 
 
@@ -483,7 +505,9 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
         ("interpolate", {"factor": 2**0.5 * 10}, "factor=14.1421 is no fraction p/q .*up to 16. Nearest: 14."),
         ("interpolate", {"videos": (V[:1],)}, "the video has 1 frames .*2 frames at least"),
         ("timeline", {"timeline": ((1, "a"),)}, r"times are \[1.0\] s: they must start at 0 and ascend"),
-        ("timeline", {"timeline": ((0, "a"), (3, "b"))}, "at 3 s is seen by nothing: frames=9 .*Nearest: 1 s, or"),
+        ("timeline", {"timeline": ((0, "a"), (3, "b"))}, "at 3 s is seen by nothing: frames=9 .*Nearest: 0, 1 s, or"),
+        ("timeline", {"timeline": ((0, "a"), (0.1, "b"), (0.2, "c"))}, "at 0.1 s is seen .*Nearest: 0, 0.5, 1 s, or"),
+        ("timeline", {"timeline": ((0, "a"), (0.4, "b"), (1, "c"), (2, "d"))}, "at 2 s is seen .*Nearest: frames=17"),
         ("timeline", {"frames": 10}, "frames=10 .*Nearest: 9 or 13"),
     ],
 )  # fmt: skip
