@@ -34,9 +34,7 @@ NEW_FRAMES = flags.DEFINE_multi_integer("new_frames", [], "extend, connect, loop
 CONTEXT = flags.DEFINE_multi_integer(
     "context", [], "Frames next to the new ones that the model sees, in whole groups; by default all."
 )
-STRENGTH = flags.DEFINE_multi_float(
-    "strength", [], "edit (0.6 by default), interpolate (0.8): the level to start from."
-)
+STRENGTH = flags.DEFINE_multi_float("strength", [], "edit, interpolate: the level to start from, 0.6 by default.")
 FACTOR = flags.DEFINE_multi_float("factor", [], "interpolate: frames out per frame in; or give --fps.")
 WINDOW = flags.DEFINE_multi_integer("window", [], "rollout: frames laid out at once, 13 by default.")
 CAUSAL = flags.DEFINE_bool("causal", None, "rollout: frame by frame, with a cache, by a model trained frame-causally.")

@@ -151,9 +151,10 @@ def connect(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     partly = _legal(start, st) - start  # frames of the second that share a group with new ones
     groups = min(len(after_FxYxXx3) - partly, max(most, st)) // st
     if groups < 1:
+        instead = f", or new_frames={-(-new // st) * st} and {st}" * (partly > 0)
         raise ValueError(
             f"after new_frames={new}, the {len(after_FxYxXx3)} frames of the video that follows fill no group of {st} "
-            f"(the codec's stride). Give {partly + st} of them at least, or new_frames={-(-new // st) * st} and {st}."
+            f"(the codec's stride). Give {partly + st} of them at least{instead}."
         )
     T = start + partly + groups * st
     parts = (0, before_FxYxXx3[F - head :]), (start, after_FxYxXx3[: T - start])

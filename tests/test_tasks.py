@@ -491,6 +491,7 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
         ("backward", {"videos": (V[:3],)}, r"backward needs 4 known frames .*; the video has 3. Nearest: 4"),
         ("connect", {"videos": (V, video_of(9, 32))}, "the videos are 24x16 and 32x16 .*: resize one"),
         ("connect", {"videos": (V, W[:5])}, "new_frames=6, the 5 frames .* Give 6 of them at least, or new_frames=8"),
+        ("connect", {"videos": (V, W[:1]), "new_frames": 8}, r"the 1 frames .* Give 4 of them at least\.$"),
         ("loop", {"videos": (V[:2],)}, "new_frames=6 needs a video of 6 frames, .*, and this has 2. Nearest: 6"),
         ("in-painting", {"mask_TxYxX": None}, "painting needs a mask, or a size larger than the video's 24x16"),
         ("in-painting", {"mask_TxYxX": MASK[:, :8]}, "the mask is 24x8 and the video 24x16 .*: give a mask of 24x16"),
