@@ -134,6 +134,7 @@ def test_where_there_is_no_run(tmp_path):
 def test_sample_command(weights, tmp_path):
     """A video leaves a PNG, a GIF, an mp4 and its frames, one frame a PNG alone; samples.json says how."""
     given = ["--prompt=a red circle", "--prompt=", "--size=16x24", "--frames=5", "--frames=1", "--fps=6"]
+    given += ["--history=1.5"]
     code, said = run("sample", f"--weights={weights}", f"--out={tmp_path}", "--save=png", "--seed=3", *given)
     assert code == 0 and said.splitlines()[-1] == str(tmp_path / "index.html")
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
@@ -145,7 +146,7 @@ def test_sample_command(weights, tmp_path):
     shown = [first[key] for key in ("prompt", "seed", "width", "height", "frames", "fps")]
     assert shown == ["a red circle", 3, 16, 24, 5, 6.0]
     assert (second["frames"], second["checkpoint_step"], second["weights"]) == (1, 7, str(weights))
-    assert (first["steps"], first["solver"], first["guidance"], first["task"]) == (2, "ab2", 3.0, "text")
+    assert [first[key] for key in ("steps", "solver", "guidance", "history", "task")] == [2, "ab2", 3.0, 1.5, "text"]
 
 
 def test_a_seed_gives_one_picture(weights, tmp_path):
@@ -410,7 +411,7 @@ def test_readmes_tasks_are_laid_out_as_they_stand(monkeypatch):
             assert task.level_Kxg.max() > 0
 
 
-def test_every_task_from_lines_of_requests(weights, media, tmp_path):
+def test_every_task_from_lines_of_requests(weights, media, tmp_path, caplog):
     """Many tasks in one file; what is known comes back from PNGs bit for bit; samples.json makes all of it again."""
     a, b, mask = str(media / "a.gif"), str(media / "b.gif"), str(media / "mask.png")
     lines = [
@@ -427,6 +428,7 @@ def test_every_task_from_lines_of_requests(weights, media, tmp_path):
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
     how = [f"--weights={weights}", "--save=png", "--steps=1"]
     sample_here(*how, f"--requests={tmp_path / 'r.jsonl'}", f"--out={tmp_path / 'one'}")
+    assert re.search(r"request 5, paint: the model knows 12 of 18 patches; .* 459 given pixels", caplog.text)
     made = json.loads((tmp_path / "one" / "samples.json").read_text())["samples"]
     assert [(s["task"], s["frames"], s["seed"]) for s in made] == [
         ("animate", 5, 0), ("extend", 12, 4), ("extend", 12, 5), ("extend", 12, 0), ("connect", 22, 0),

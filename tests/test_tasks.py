@@ -357,6 +357,14 @@ def test_a_loop_leads_from_the_end_to_the_beginning():
         assert task.level_Kxg[0, task.piece.group_n][task.piece.frame_n == task.piece.frame_n.max()].max() == 0
 
 
+def test_what_closes_a_loop_is_not_the_noise_of_what_it_closes():
+    """A loop from a prompt makes both from one seed: patches of the same place would start alike."""
+    closing = laid(ALL_TASKS["loop"]).piece.x_nxP
+    first = laid(dataclasses.replace(ALL_TASKS["connect"], videos=(V, V), context=5)).piece.x_nxP
+    new_n = laid(ALL_TASKS["loop"]).piece.frame_n == 2  # of 5 known frames and 6 new ones
+    assert closing.shape == first.shape and abs(closing[new_n] - first[new_n]).max(1).min() > 0.1
+
+
 def test_an_edit_starts_between_the_video_and_noise():
     """z = (1 - s) x + s e with the request's own noise; all levels fall from s to 0; strength 1 is text to video."""
     edit = lambda s: laid(dataclasses.replace(ALL_TASKS["edit"], strength=s)).piece.x_nxP
@@ -425,7 +433,7 @@ def test_the_nearest_timeline_can_be_laid_out():
 
 
 def test_a_roll_out_is_a_staircase_that_moves_along():
-    """With a solver that writes each latent frame's index where its level reaches 0.
+    """With a solver that writes each frame's index where its latent frame's level reaches 0.
 
     The frames come out in order, once each; every latent frame comes down over as many chunks as are active, from its
     own noise; what is clean stays; a window's first frame is a picture of the last frame before; no shape changes.
@@ -444,15 +452,19 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
             chunk = chunks[i]
             first, levels = max(0, chunk - (3 if i == 0 else 4)), task.level_Kxg
             latents = unpatchify(task.piece.x_nxP, task.grid).copy()
+            T, Y, X = task.grid.shape
+            frames = np.arange(4 * first, 4 * (first + T) - 3, dtype=np.uint8)
+            clean = layout.codec.encode(
+                to_float(np.broadcast_to(frames[:, None, None, None], (*frames.shape, 8 * Y, 8 * X, 3)))
+            )
             assert (np.diff(levels, axis=0) <= 0).all() and (np.diff(levels, axis=1) >= 0).all()
             seen.append((i, levels.shape, task.piece.x_nxP.shape))
             for w, (begin, end) in enumerate(zip(levels[0], levels[-1])):
                 active = 2 if i == 0 else 3
                 assert begin == pytest.approx(np.clip(1 - (chunk - first - w) / active, 0, 1), abs=1e-6)
                 assert end == pytest.approx(np.clip(1 - (chunk + 1 - first - w) / active, 0, 1), abs=1e-6)
-                value = to_float(np.uint8(first + w)) if first + w < 256 else None
-                if begin == 0:  # the last of its frames is the same in a picture of it
-                    assert latents[w].min() == latents[w].max() == value
+                if begin == 0:
+                    np.testing.assert_array_equal(latents[w], clean[w])
                 elif begin == 1:
                     noise = np.random.default_rng((requests[i].seed, first + w)).standard_normal(
                         latents[w].shape, np.float32
@@ -460,7 +472,7 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
                     np.testing.assert_array_equal(latents[w], noise)
                     fresh.add((i, first + w))
                 if end == 0:
-                    latents[w] = value
+                    latents[w] = clean[w]
             out[i] = latents
             chunks[i] += 1
         return out
@@ -469,7 +481,7 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
     videos = generate._roll_out(requests, rolled, layout, uniform_levels(7), 7, solve)
     assert [len(videos[i]) for i in (0, 1)] == [42, 7]
     for video in videos.values():
-        np.testing.assert_array_equal(video[:, 0, 0, 0], (np.arange(len(video)) + 3) // 4)
+        np.testing.assert_array_equal(video[:, 0, 0, 0], np.arange(len(video)))
         assert (video == video[:, :1, :1, :1]).all()
     assert len({found for found in seen if found[0] == 0}) == len({found for found in seen if found[0] == 1}) == 1
     assert {t for i, t in fresh if i == 0} >= set(range(12))
@@ -591,6 +603,11 @@ def test_guidance_by_what_is_known_leaves_it_as_it_is(trained, answers):
     (found,) = generate.sample([ALL_TASKS["forward"]], trained, history=3.0)
     moved = np.abs(made_by("forward", found).astype(int) - made_by("forward", answers["forward"]))
     assert moved.max() > 5  # where rounding moves by one
+    # At a scale of 0 nothing of it is seen.
+    others = [dataclasses.replace(ALL_TASKS["forward"], videos=(v,)) for v in (V, video_of(10, seed=5))]
+    unseen = [generate.sample([r], trained, history=0.0)[0][10:] for r in others]
+    assert levels_apart(unseen[:1], unseen[1:]) <= 1
+    assert levels_apart([found[10:]], [generate.sample(others[1:], trained, history=3.0)[0][10:]]) > 20
     # By the config of what is given alone, a roll-out not; --history of all.
     config = trained.config.copy_and_resolve_references()
     config.sample.history_given = 3.0
