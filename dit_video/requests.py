@@ -15,7 +15,7 @@ from etils import epath
 from dit_video.data.decode import LIMITS, Media, check, decode, probe
 from dit_video.tasks import MOST_PARTS, Request, nearest_factor
 
-# What each task takes beside prompt, seed, num and guidance: the first names are needed, those in brackets may be left.
+# What each task takes beside what is in ALWAYS: the first names are needed, those in brackets may be left.
 FIELDS = {
     "text": ((), ("size", "frames", "fps")),
     "animate": (("image",), ("size", "frames", "fps")),
@@ -28,11 +28,11 @@ FIELDS = {
     "timeline": (("prompt",), ("size", "frames", "fps")),
     "rollout": ((), ("frames", "window", "context", "causal", "size", "fps")),
 }
-ALWAYS = ("task", "prompt", "seed", "num", "guidance")
+ALWAYS = ("task", "prompt", "seed", "num", "guidance", "history")
 # What JSON may hold for each; a prompt or a video may be a list of such.
 KINDS = dict.fromkeys(("task", "prompt", "size", "image", "video", "mask", "direction"), str)
 KINDS |= dict.fromkeys(("frames", "new_frames", "context", "window", "seed", "num"), int)
-KINDS |= dict.fromkeys(("fps", "strength", "factor", "guidance"), float) | {"causal": bool}
+KINDS |= dict.fromkeys(("fps", "strength", "factor", "guidance", "history"), float) | {"causal": bool}
 PATIENT = dataclasses.replace(LIMITS, timeout_s=600.0)  # of a file that is named, not one of a folder's many
 ROUNDED_S = 0.005  # stamps of a GIF are whole hundredths of a second: each may be this much late
 FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.6  # where nothing says otherwise
@@ -100,10 +100,11 @@ def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
         raise ValueError(
             f"task={task} takes {'a list of prompts' if task == 'timeline' else 'one prompt'}: {prompt!r}."
         )
-    seed, num, guidance = fields.get("seed", 0), fields.get("num", 1), fields.get("guidance")
+    seed, num = fields.get("seed", 0), fields.get("num", 1)
     if seed < 0 or num < 1:
         raise ValueError(f"seed={seed!r} and num={num!r}: give whole numbers, from 0 and from 1.")
-    request = dataclasses.replace(read_task(dict(fields), step_yx), task=task, seed=seed, guidance=guidance)
+    scales = {name: fields.get(name) for name in ("guidance", "history")}
+    request = dataclasses.replace(read_task(dict(fields), step_yx), task=task, seed=seed, **scales)
     again = {name: value for name, value in fields.items() if name not in ("num", "seed")} | {"task": task}
     return [Asked(dataclasses.replace(request, seed=seed + i), again | {"seed": seed + i}) for i in range(num)]
 

@@ -16,7 +16,7 @@ WEIGHTS = flags.DEFINE_string("weights", None, "Or weights without a run: a .saf
 LORA = flags.DEFINE_string("lora", None, "A .safetensors file of low-rank factors to merge into the weights.")
 LORA_STRENGTH = flags.DEFINE_float("lora_strength", 1.0, "How much of them; 1 = as they were trained.")
 REQUESTS = flags.DEFINE_string(
-    "requests", None, "A JSON lines file of requests; keys as the flags from --task to --num."
+    "requests", None, "A JSON lines file of requests; keys as the flags from --task to --num, --guidance and --history."
 )
 TASK = flags.DEFINE_enum("task", "text", TASKS, "What is asked for; README.md has a command of each.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; '' = anything. --task=timeline: 'SECONDS: prompt'.")

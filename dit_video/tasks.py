@@ -25,8 +25,8 @@ MOST_PARTS = 16  # of a second's frames: frame rates change by fractions p / q w
 class Request:
     """One sample asked for. width, height: pixels; frames: 1 = a picture; fps: frames per second; seed: of its noise.
 
-    image_YxXx3: uint8, a picture to animate (the clip's first frame), or None. guidance: the scale, or None for
-    the caller's. task: a key of TASKS; '' = 'animate' where there is an image, else 'text'.
+    image_YxXx3: uint8, a picture to animate (the clip's first frame), or None. guidance, history: the scales, or None
+    for the caller's. task: a key of TASKS; '' = 'animate' where there is an image, else 'text'.
     videos: uint8 FxYxXx3, as the task takes them: two to connect, one or none to loop, else one; at `fps` (to
     interpolate: at fps / factor). frames is not read where the videos say how long the clip is.
     new_frames: how many to extend, connect or close a loop by; direction: 'forward' or 'backward'. context: how many
@@ -45,6 +45,7 @@ class Request:
     seed: int = 0
     image_YxXx3: np.ndarray | None = None
     guidance: float | None = None
+    history: float | None = None
     task: str = ""
     videos: tuple[np.ndarray, ...] = ()
     new_frames: int = 8

@@ -384,6 +384,11 @@ def test_wrong_lines_of_requests(weights, tmp_path, line, message):
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
 
 
+def test_a_line_has_scales_of_its_own():
+    (asked,) = requests.read({"prompt": "a", "guidance": 2, "history": 0.5}, (8, 8))
+    assert (asked.request.guidance, asked.request.history) == (2, 0.5) and asked.fields["history"] == 0.5
+
+
 def test_requests_that_ask_for_nothing(weights, tmp_path):
     (tmp_path / "r.jsonl").write_text("\n\n")
     with pytest.raises(SystemExit, match=r"r.jsonl asks for nothing: give a line such as"):

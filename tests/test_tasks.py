@@ -605,7 +605,7 @@ def test_guidance_by_what_is_known_leaves_it_as_it_is(trained, answers):
     assert moved.max() > 5  # where rounding moves by one
     # At a scale of 0 nothing of it is seen.
     others = [dataclasses.replace(ALL_TASKS["forward"], videos=(v,)) for v in (V, video_of(10, seed=5))]
-    unseen = [generate.sample([r], trained, history=0.0)[0][10:] for r in others]
+    unseen = [generate.sample([dataclasses.replace(r, history=0.0)], trained, history=2.0)[0][10:] for r in others]
     assert levels_apart(unseen[:1], unseen[1:]) <= 1
     assert levels_apart([found[10:]], [generate.sample(others[1:], trained, history=3.0)[0][10:]]) > 20
     # By the config of what is given alone, a roll-out not; --history of all.
