@@ -351,9 +351,11 @@ def test_a_mask_is_what_is_bright_and_opaque(media, tmp_path):
     for x, (colour, white) in enumerate(colours.items()):
         mask_YxXx4[4:9, 4 * x : 4 * x + 4], white_YxX[4:9, 4 * x : 4 * x + 4] = colour, white
     Image.fromarray(mask_YxXx4).save(tmp_path / "mask.png")
-    fields = {"task": "paint", "video": str(media / "a.gif"), "mask": str(tmp_path / "mask.png")}
-    (asked,) = requests.read(fields, (8, 8))
-    np.testing.assert_array_equal(asked.request.mask_TxYxX, [white_YxX])
+    still, clear = Image.fromarray(mask_YxXx4), Image.new("RGBA", (24, 16))
+    still.save(tmp_path / "mask.webp", save_all=True, append_images=[clear] * 8, duration=125, lossless=True)
+    for name, times in (("mask.png", [1]), ("mask.webp", [1] + [0] * 8)):
+        (asked,) = requests.read({"task": "paint", "video": str(media / "a.gif"), "mask": str(tmp_path / name)}, (8, 8))
+        np.testing.assert_array_equal(asked.request.mask_TxYxX, [white_YxX & bool(time) for time in times])
 
 
 @pytest.mark.parametrize(
