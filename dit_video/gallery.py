@@ -114,7 +114,10 @@ def write_png(path, frame_YxXx3):
 
 
 def write_frames(directory, video_TxYxXx3):
-    """Writes each frame, lossless and at its own size: directory/f0000.png, f0001.png, ..."""
+    """Writes each frame, lossless and at its own size: directory/f0000.png, f0001.png, ..., in the place of others."""
+    for path in epath.Path(directory).glob("f*.png"):
+        if re.fullmatch(r"f\d{4,}\.png", path.name):  # of a longer video before
+            path.unlink()
     for t, frame_YxXx3 in enumerate(video_TxYxXx3):
         write_png(epath.Path(directory) / f"f{t:04d}.png", frame_YxXx3)
 

@@ -173,7 +173,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
     tasks, rolled, causal = {}, {}, {}
     for i, request in enumerate(requests):
         if kinds[i] == "rollout" and request.causal:
-            _check_causal(trained.config, how)
+            _check_causal(trained.config, scale[i][1])
             causal[i] = start_causal(request, layout, level_K)
         elif kinds[i] == "rollout":
             rolled[i] = start_rollout(request, layout)
@@ -183,7 +183,7 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             closing = loop(dataclasses.replace(request, videos=(tasks[i].given_TxYxXx3,)), layout, level_K)
         else:
             tasks[i] = TASKS[kinds[i]](request, layout, level_K)
-        if i in tasks and (words := told(closing if i in unmade else tasks[i], layout)):
+        if i in tasks and (words := told(closing if i in unmade else tasks[i], layout, request.context)):
             logging.warning("request %d, %s: %s.", i, kinds[i], words)
 
     _warn_of_large(requests, tasks, trained.config.data.max_tokens)
@@ -231,8 +231,11 @@ def scales_of(request: Request, how) -> tuple[float, float]:
     What is given says what else a prompt alone does; a roll-out gives itself to itself, and so counts with text.
     """
     given = (request.image_YxXx3 is not None or len(request.videos) > 0) and task_of(request) != "rollout"
-    guidance, history = (given and how[f"{name}_given"] or how[name] for name in ("guidance", "history"))
-    return guidance if request.guidance is None else request.guidance, history
+
+    def scale(name, own):
+        return own if own is not None else given and how[f"{name}_given"] or how[name]
+
+    return scale("guidance", request.guidance), scale("history", request.history)
 
 
 def _placed(trained: Trained, mesh) -> Trained:
@@ -290,15 +293,15 @@ def _roll_out(requests: dict, rolled: dict, layout: Layout, level_K, steps: int,
     return {i: np.concatenate(videos[i])[: requests[i].frames] for i in rolled}
 
 
-def _check_causal(config, how) -> None:
-    """Raises ValueError for a model or settings that roll out by no cache."""
+def _check_causal(config, history: float) -> None:
+    """Raises ValueError for a model or a scale that rolls out by no cache."""
     if not config.model.window:
         raise ValueError(
             "a causal roll-out needs a model that trained with a window, and this one has model.window=0. Train with "
             "flow.causal_share and model.window, or leave causal out."
         )
-    if how.history != 1:
-        raise ValueError(f"history={how.history} goes with no causal roll-out, whose past is cached as it is. Give 1.")
+    if history != 1:
+        raise ValueError(f"history={history} goes with no causal roll-out, whose past is cached as it is. Give 1.")
     if not config.flow.causal_share:
         logging.warning("the model trained with flow.causal_share=0: a causal roll-out is not what it learnt.")
 

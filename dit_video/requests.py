@@ -15,7 +15,7 @@ from etils import epath
 from dit_video.data.decode import LIMITS, Media, check, decode, probe
 from dit_video.tasks import MOST_PARTS, Request, nearest_factor
 
-# What each task takes beside prompt, seed, num and guidance: the first names are needed, those in brackets may be left.
+# What each task takes beside what is in ALWAYS: the first names are needed, those in brackets may be left.
 FIELDS = {
     "text": ((), ("size", "frames", "fps")),
     "animate": (("image",), ("size", "frames", "fps")),
@@ -28,12 +28,13 @@ FIELDS = {
     "timeline": (("prompt",), ("size", "frames", "fps")),
     "rollout": ((), ("frames", "window", "context", "causal", "size", "fps")),
 }
-ALWAYS = ("task", "prompt", "seed", "num", "guidance")
+ALWAYS = ("task", "prompt", "seed", "num", "guidance", "history")
 # What JSON may hold for each; a prompt or a video may be a list of such.
 KINDS = dict.fromkeys(("task", "prompt", "size", "image", "video", "mask", "direction"), str)
 KINDS |= dict.fromkeys(("frames", "new_frames", "context", "window", "seed", "num"), int)
-KINDS |= dict.fromkeys(("fps", "strength", "factor", "guidance"), float) | {"causal": bool}
+KINDS |= dict.fromkeys(("fps", "strength", "factor", "guidance", "history"), float) | {"causal": bool}
 PATIENT = dataclasses.replace(LIMITS, timeout_s=600.0)  # of a file that is named, not one of a folder's many
+ROUNDED_S = 0.005  # stamps of a GIF are whole hundredths of a second: each may be this much late
 FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.6  # where nothing says otherwise
 
 
@@ -52,13 +53,25 @@ def read_lines(path, step_yx: tuple[int, int]) -> list[Asked]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_once)
             if not isinstance(fields, dict):
                 raise ValueError(f'{line!r} is no JSON object, such as {{"task": "text", "prompt": "..."}}.')
             asked += read(fields, step_yx)
+        except json.JSONDecodeError as error:  # whose own words count lines too: of this one alone
+            raise ValueError(f"{path}, line {number}: no JSON, {error.msg} at column {error.colno}.") from error
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
+    if not asked:
+        raise ValueError(f'{path} asks for nothing: give a line such as {{"task": "text", "prompt": "..."}}.')
     return asked
+
+
+def _once(pairs) -> dict:
+    """A JSON object's pairs as a dict. Raises ValueError for a key that it has twice; json would take the last."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given {len(twice)} times: give it once.")
+    return dict(pairs)
 
 
 def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
@@ -87,10 +100,11 @@ def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
         raise ValueError(
             f"task={task} takes {'a list of prompts' if task == 'timeline' else 'one prompt'}: {prompt!r}."
         )
-    seed, num, guidance = fields.get("seed", 0), fields.get("num", 1), fields.get("guidance")
+    seed, num = fields.get("seed", 0), fields.get("num", 1)
     if seed < 0 or num < 1:
         raise ValueError(f"seed={seed!r} and num={num!r}: give whole numbers, from 0 and from 1.")
-    request = dataclasses.replace(read_task(dict(fields), step_yx), task=task, seed=seed, guidance=guidance)
+    scales = {name: fields.get(name) for name in ("guidance", "history")}
+    request = dataclasses.replace(read_task(dict(fields), step_yx), task=task, seed=seed, **scales)
     again = {name: value for name, value in fields.items() if name not in ("num", "seed")} | {"task": task}
     return [Asked(dataclasses.replace(request, seed=seed + i), again | {"seed": seed + i}) for i in range(num)]
 
@@ -174,15 +188,16 @@ def _read_video(fields, step_yx):
         )
     width, height = inner_width, inner_height = _size(fields, medias[0], step_yx)
     if task == "paint":
-        inner_width, inner_height = _within(medias[0], width, height, step_yx)
+        inner_width, inner_height = _within(medias[0], width, height, step_yx, "mask" in fields)
     asked_fps = None if task == "interpolate" else fields.get("fps")
     videos, fps = [], asked_fps
     for media in medias:
-        video_FxYxXx3, fps = _read_frames(media, inner_height, inner_width, fps)
-        videos.append(video_FxYxXx3)
+        time_F, fps = _times(media, fps)
+        videos.append(_read_frames(media, time_F, inner_height, inner_width, fps))
     request = Request(fields.get("prompt", ""), width, height, len(videos[0]), fps, videos=tuple(videos))
     if "mask" in fields:
-        request = dataclasses.replace(request, mask_TxYxX=read_mask(fields["mask"], medias[0], videos[0], asked_fps))
+        mask_TxYxX = read_mask(fields["mask"], media, time_F, inner_height, inner_width)
+        request = dataclasses.replace(request, mask_TxYxX=mask_TxYxX)
     if task == "interpolate":
         request = _frame_rate(request, fields)
     return _numbers(request, {k: v for k, v in fields.items() if k not in ("fps", "factor")})
@@ -232,53 +247,68 @@ def _size(fields, media: Media, step_yx):
     return fit(media.width, step_yx[1]), fit(media.height, step_yx[0])
 
 
-def _within(media: Media, width: int, height: int, step_yx):
-    """The size at which a video is painted around: its own if it fits, else the largest that does, in whole patches."""
-    if media.width <= width and media.height <= height:
-        return media.width, media.height
-    scale = min(width / media.width, height / media.height)
+def _within(media: Media, width: int, height: int, step_yx, masked: bool):
+    """The size at which a video is painted around: its own if it fits, else the largest that does, in whole patches.
+
+    With a mask, and a size that is nowhere larger than the video's (to whole patches), that size: it is painted within
+    alone. Raises ValueError where there is neither a mask nor anything around.
+    """
+    own = _size({}, media, step_yx)
+    if masked and width <= own[0] and height <= own[1]:
+        return width, height
+    scale = min(width / media.width, height / media.height, 1)
     fit = lambda length, step, most: min(max(round(scale * length / step), 1) * step, most)
-    return fit(media.width, step_yx[1], width), fit(media.height, step_yx[0], height)
+    inner = fit(media.width, step_yx[1], width), fit(media.height, step_yx[0], height)
+    if not masked and (width, height) in (own, inner):
+        raise ValueError(
+            f"painting needs a mask, or a size larger than the video's {media.width}x{media.height}, such as "
+            f"--size={own[0] + 2 * step_yx[1]}x{own[1] + 2 * step_yx[0]}: at {width}x{height} nothing is around it."
+        )
+    return (media.width, media.height) if media.width <= width and media.height <= height else inner
 
 
-def _read_frames(media: Media, height: int, width: int, fps: float | None):
-    """video_FxYxXx3 at `fps`, or all of its frames, for None or their own mean rate to 1%; and the rate.
-
-    Stamps are rounded (a GIF's to 10 ms), so that frames looked up by time would be one early here and there.
+def _times(media: Media, fps: float | None):
+    """time_F, the seconds at which a video is read, and their rate: at `fps`, as long as the last frame lasts; or, for
+    None or the video's own rate to 1%, the stamps of its frames.
     """
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise ValueError(f"fps={fps} is not a frame rate. Give frames per second above 0.")
-    stamps, last = np.asarray(media.stamps), media.stamps[-1]
-    own = (len(stamps) - 1) / last if last else None
-    if own is None:
-        fps, time_T = fps or FPS, stamps
-    elif fps is None or abs(own - fps) <= 0.01 * fps:
-        fps, time_T = fps or float(Fraction(own).limit_denominator(1001)), stamps
-    else:
-        time_T = np.arange(int(last * fps + 1e-3) + 1) / fps
-    gaps = np.diff(stamps)
-    if len(time_T) == len(stamps) and len(gaps) and gaps.max() > 1.5 * np.median(gaps) + 0.02:
+    stamps_F = np.asarray(media.stamps)
+    if len(stamps_F) == 1:
+        return stamps_F, fps or FPS
+    own = (len(stamps_F) - 1) / stamps_F[-1]
+    lasts_F = np.diff([*stamps_F, media.duration])
+    even = lasts_F.max() <= 1.5 * np.median(lasts_F) + 0.02
+    if fps is not None and not (even and abs(own - fps) <= 0.01 * fps):
+        return np.arange(max(round(media.duration * fps), 1)) / fps + ROUNDED_S, fps
+    fps = fps or float(Fraction(own).limit_denominator(1001))
+    if not even:
         logging.warning(
-            "%s: its frames lie %.3g to %.3g s apart, and are taken as evenly spaced, %.4g a second: another fps reads "
-            "them by their times.",
-            media.path, gaps.min(), gaps.max(), fps,
+            "%s: its frames last %.3g to %.3g s, and are taken as evenly spaced, %.4g a second: another fps reads them "
+            "by their times.",
+            media.path, lasts_F.min(), lasts_F.max(), fps,
         )  # fmt: skip
-    if (width, height) != (media.width, media.height) or len(time_T) != len(stamps):
+    return stamps_F, fps
+
+
+def _read_frames(media: Media, time_F, height: int, width: int, fps: float):
+    """video_FxYxXx3, uint8, at its times."""
+    if (width, height) != (media.width, media.height) or len(time_F) != len(media.stamps):
         logging.warning(
             "%s: %dx%d, %d frames, is read as %dx%d, %d frames at %.4g a second.",
-            media.path, media.width, media.height, len(stamps), width, height, len(time_T), fps,
+            media.path, media.width, media.height, len(media.stamps), width, height, len(time_F), fps,
         )  # fmt: skip
-    return decode(media, 0.0, time_T, height, width, PATIENT), fps
+    return decode(media, 0.0, time_F, height, width, PATIENT)
 
 
-def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | None) -> np.ndarray:
+def read_mask(text: str, media: Media, time_F: np.ndarray, height: int, width: int) -> np.ndarray:
     """mask_TxYxX, True = make anew: of a picture or video that is white there, or of 'box:y0,x0,y1,x1[,t0,t1]'.
 
-    A picture or video must have the size of `media`, the file that it masks, and is resized with it. A box is in
-    pixels of the video as it is sampled, its ends not in it, and t0, t1 in frames. fps: the rate that the video was
-    read at, None = its own. Raises ValueError, or MediaError.
+    White is what is nearer to it in brightness than to black; what is transparent is black. A picture or video must
+    have the size of `media`, the file that it masks, and is resized with it. A box is in pixels of the video as it is
+    read, height x width at time_F, its ends not in it, and t0, t1 in frames. Raises ValueError, or MediaError.
     """
-    F, height, width, _ = video_FxYxXx3.shape
+    F = len(time_F)
     if text.startswith("box:"):
         try:
             y0, x0, y1, x1, *t = map(int, text[4:].split(","))
@@ -304,9 +334,27 @@ def read_mask(text: str, media: Media, video_FxYxXx3: np.ndarray, fps: float | N
             f"the mask {text} is {mask.width}x{mask.height} and the video {media.width}x{media.height}"
             f"{f', sampled at {width}x{height}' * (len(sizes) > 1)}: give a mask of the video's size."
         )
-    if mask.kind == "image":
-        return decode(mask, 0.0, [0.0], height, width, PATIENT)[..., 0] > 127
-    white_TxYxX = _read_frames(mask, height, width, fps)[0][..., 0] > 127
-    if len(white_TxYxX) not in (1, F):
-        raise ValueError(f"the mask {text} has {len(white_TxYxX)} frames and the video {F}: give {F}, or a picture.")
-    return white_TxYxX
+    return _white(decode(mask, 0.0, _mask_times(mask, media, time_F), height, width, PATIENT, ground=0))
+
+
+def _mask_times(mask: Media, media: Media, time_F: np.ndarray):
+    """When a mask shows what belongs to the times of the video that it masks: one time for all where it is a picture.
+
+    Of as many frames as the video's file it goes frame by frame, whatever its rate; else it must last as long.
+    """
+    if len(mask.stamps) == 1:
+        return np.zeros(1)
+    if len(mask.stamps) == len(media.stamps):
+        return np.asarray(mask.stamps)[np.searchsorted(media.stamps, time_F + 1e-4, side="right") - 1]
+    lasts = media.duration or 0
+    if abs(mask.duration - lasts) > lasts / len(time_F) / 2 + ROUNDED_S:
+        raise ValueError(
+            f"the mask {mask.path} has {len(mask.stamps)} frames in {mask.duration:.4g} s and the video "
+            f"{len(media.stamps)} in {lasts:.4g} s: give {len(media.stamps)}, or as many seconds, or a picture."
+        )
+    return time_F + ROUNDED_S
+
+
+def _white(video_TxYxXx3):
+    """Whether each pixel's luma (ITU-R BT.601) is nearer to white than to black."""
+    return video_TxYxXx3 @ np.array([0.299, 0.587, 0.114], np.float32) > 127.5

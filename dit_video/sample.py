@@ -16,7 +16,7 @@ WEIGHTS = flags.DEFINE_string("weights", None, "Or weights without a run: a .saf
 LORA = flags.DEFINE_string("lora", None, "A .safetensors file of low-rank factors to merge into the weights.")
 LORA_STRENGTH = flags.DEFINE_float("lora_strength", 1.0, "How much of them; 1 = as they were trained.")
 REQUESTS = flags.DEFINE_string(
-    "requests", None, "A JSON lines file of requests; keys as the flags from --task to --num."
+    "requests", None, "A JSON lines file of requests; keys as the flags from --task to --num, --guidance and --history."
 )
 TASK = flags.DEFINE_enum("task", "text", TASKS, "What is asked for; README.md has a command of each.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; '' = anything. --task=timeline: 'SECONDS: prompt'.")
@@ -27,16 +27,18 @@ SEED = flags.DEFINE_multi_integer("seed", [], "Seed of the noise, 0 by default."
 IMAGE = flags.DEFINE_multi_string("image", [], "animate: the picture to start from.")
 VIDEO = flags.DEFINE_multi_string("video", [], "The file to start from; connect: the two files.")
 MASK = flags.DEFINE_multi_string(
-    "mask", [], "paint, edit: a picture or video, white = anew, or box:y0,x0,y1,x1[,t0,t1]."
+    "mask", [], "paint, edit: a picture or video, white = anew, or box:y0,x0,y1,x1[,t0,t1] of the video as it is read."
 )
-DIRECTION = flags.DEFINE_enum("direction", None, ["forward", "backward"], "extend: where to; forward by default.")
-NEW_FRAMES = flags.DEFINE_integer("new_frames", None, "extend, connect, loop: frames to make, 8 by default.")
-CONTEXT = flags.DEFINE_integer("context", None, "Frames next to the new ones that the model sees; by default all.")
-STRENGTH = flags.DEFINE_float("strength", None, "edit (0.6 by default), interpolate (0.8): the level to start from.")
-FACTOR = flags.DEFINE_float("factor", None, "interpolate: frames out per frame in; or give --fps.")
-WINDOW = flags.DEFINE_integer("window", None, "rollout: frames laid out at once, 13 by default.")
+DIRECTION = flags.DEFINE_multi_enum("direction", [], ["forward", "backward"], "extend: where to; forward by default.")
+NEW_FRAMES = flags.DEFINE_multi_integer("new_frames", [], "extend, connect, loop: frames to make, 8 by default.")
+CONTEXT = flags.DEFINE_multi_integer(
+    "context", [], "Frames next to the new ones that the model sees, in whole groups; by default all."
+)
+STRENGTH = flags.DEFINE_multi_float("strength", [], "edit, interpolate: the level to start from, 0.6 by default.")
+FACTOR = flags.DEFINE_multi_float("factor", [], "interpolate: frames out per frame in; or give --fps.")
+WINDOW = flags.DEFINE_multi_integer("window", [], "rollout: frames laid out at once, 13 by default.")
 CAUSAL = flags.DEFINE_bool("causal", None, "rollout: frame by frame, with a cache, by a model trained frame-causally.")
-NUM = flags.DEFINE_integer("num", 1, "Samples of each, with seeds seed, seed + 1, ...", lower_bound=1)
+NUM = flags.DEFINE_multi_integer("num", [1], "Samples of each, with seeds seed, seed + 1, ...", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; by default the config's.", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; by default the config's. 1 = none.")
 HISTORY = flags.DEFINE_float("history", None, "Guidance scale of what is known; by default the config's. 1 = none.")
@@ -46,22 +48,34 @@ SAVE = flags.DEFINE_enum(
 )
 OUT = flags.DEFINE_string("out", "samples", "The folder to write to.")
 
-SEVERAL = {"size": SIZE, "frames": FRAMES, "fps": FPS, "seed": SEED, "image": IMAGE, "mask": MASK}
-ONE = {
+FOR_ALL = (
+    WORKDIR, WEIGHTS, LORA, LORA_STRENGTH, REQUESTS, TASK, CAUSAL, STEPS, GUIDANCE, HISTORY, SOLVER, SAVE, OUT,
+)  # fmt: skip
+for one in FOR_ALL:  # given twice, it is refused; absl would take the last
+    flags.FLAGS[one.name].allow_overwrite = False
+
+SEVERAL = {
+    "size": SIZE,
+    "frames": FRAMES,
+    "fps": FPS,
+    "seed": SEED,
+    "image": IMAGE,
+    "mask": MASK,
     "direction": DIRECTION,
     "new_frames": NEW_FRAMES,
     "context": CONTEXT,
     "strength": STRENGTH,
     "factor": FACTOR,
     "window": WINDOW,
-    "causal": CAUSAL,
+    "num": NUM,
 }
 
 
 def each(name: str, values: list, count: int) -> list:
-    """One value per prompt. Raises ValueError unless there is one for each, or one for all."""
+    """One value per request. Raises ValueError unless there is one for each, or one for all."""
     if len(values) not in (1, count):
-        raise ValueError(f"--{name} was given {len(values)} times for {count} prompts: give it once, or {count} times.")
+        several = f"s: give it once, or {count} times" if count > 1 else ": give it once"
+        raise ValueError(f"--{name} was given {len(values)} times for {count} request{several}.")
     return values * count if len(values) == 1 else values
 
 
@@ -78,8 +92,8 @@ def fields_from_flags() -> list[dict]:
     several = {name: flag.value for name, flag in SEVERAL.items()} | {"prompt": prompts, "video": videos}
     count = max(1, len(prompts), len(IMAGE.value), len(videos))
     values = {name: each(name, given, count) for name, given in several.items() if given}
-    values |= {name: [flag.value] * count for name, flag in ONE.items() if flag.value is not None}
-    return [{"task": task} | {k: v[i] for k, v in values.items()} | {"num": NUM.value} for i in range(count)]
+    alike = {"task": task} | ({} if CAUSAL.value is None else {"causal": CAUSAL.value})
+    return [alike | {k: v[i] for k, v in values.items()} for i in range(count)]
 
 
 def asked(step_yx: tuple[int, int]) -> list:
@@ -88,11 +102,26 @@ def asked(step_yx: tuple[int, int]) -> list:
 
     if REQUESTS.value is None:
         return [one for fields in fields_from_flags() for one in read(fields, step_yx)]
-    beside = ["task", "prompt", "video", "num", *SEVERAL, *ONE]
+    beside = ["task", "prompt", "video", "causal", *SEVERAL]
     given = [name for name in beside if flags.FLAGS[name].using_default_value is False]
     if given:
         raise ValueError(f"--{given[0]} goes with no --requests: write it in the lines of {REQUESTS.value}.")
     return read_lines(REQUESTS.value, step_yx)
+
+
+def make_out() -> None:
+    """Makes OUT and tries it, since what takes hours to sample may not be lost. Raises ValueError if it cannot be."""
+    from etils import epath
+
+    try:
+        epath.Path(OUT.value).mkdir(parents=True, exist_ok=True)
+        trial = epath.Path(OUT.value) / ".trial"
+        trial.write_bytes(b"")
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--out={OUT.value} cannot be written to ({error.strerror or error}): give a folder that can."
+        ) from error
 
 
 def save_latents(latents, requests):
@@ -101,7 +130,6 @@ def save_latents(latents, requests):
     from etils import epath
 
     path = epath.Path(OUT.value) / "latents.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"latents_{i:03d}": latents_TxYxXxC for i, latents_TxYxXxC in enumerate(latents)}
     arrays |= {f"{name}s": [getattr(r, name) for r in requests] for name in ("prompt", "seed")}
     with path.open("wb") as file:
@@ -134,6 +162,7 @@ def main(argv):
         given = {"steps": STEPS, "guidance": GUIDANCE, "history": HISTORY, "solver": SOLVER}
         asked_for = {k: flag.value for k, flag in given.items() if flag.value is not None}
         settings = generate.settings_of(config, asked_for)
+        make_out()
         if SAVE.value == "latents":
             requests = [one.request for one in wanted]
             print(save_latents(generate.sample_latents(requests, trained, **asked_for), requests))

@@ -25,8 +25,8 @@ MOST_PARTS = 16  # of a second's frames: frame rates change by fractions p / q w
 class Request:
     """One sample asked for. width, height: pixels; frames: 1 = a picture; fps: frames per second; seed: of its noise.
 
-    image_YxXx3: uint8, a picture to animate (the clip's first frame), or None. guidance: the scale, or None for
-    the caller's. task: a key of TASKS; '' = 'animate' where there is an image, else 'text'.
+    image_YxXx3: uint8, a picture to animate (the clip's first frame), or None. guidance, history: the scales, or None
+    for the caller's. task: a key of TASKS; '' = 'animate' where there is an image, else 'text'.
     videos: uint8 FxYxXx3, as the task takes them: two to connect, one or none to loop, else one; at `fps` (to
     interpolate: at fps / factor). frames is not read where the videos say how long the clip is.
     new_frames: how many to extend, connect or close a loop by; direction: 'forward' or 'backward'. context: how many
@@ -45,6 +45,7 @@ class Request:
     seed: int = 0
     image_YxXx3: np.ndarray | None = None
     guidance: float | None = None
+    history: float | None = None
     task: str = ""
     videos: tuple[np.ndarray, ...] = ()
     new_frames: int = 8
@@ -151,9 +152,10 @@ def connect(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     partly = _legal(start, st) - start  # frames of the second that share a group with new ones
     groups = min(len(after_FxYxXx3) - partly, max(most, st)) // st
     if groups < 1:
+        instead = f", or new_frames={-(-new // st) * st} and {st}" * (partly > 0)
         raise ValueError(
             f"after new_frames={new}, the {len(after_FxYxXx3)} frames of the video that follows fill no group of {st} "
-            f"(the codec's stride). Give {partly + st} of them at least, or new_frames={-(-new // st) * st} and {st}."
+            f"(the codec's stride). Give {partly + st} of them at least{instead}."
         )
     T = start + partly + groups * st
     parts = (0, before_FxYxXx3[F - head :]), (start, after_FxYxXx3[: T - start])
@@ -206,6 +208,7 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     given_TxYxXx3, known_TxYxX = _canvas(request, T)
     index_T = np.minimum(np.arange(T), F - 1)
     given_TxYxXx3[inside], known_TxYxX[inside] = video_FxYxXx3[index_T], ~_mask(request)[index_T]
+    _check_mask(known_TxYxX)
     return dataclasses.replace(_lay(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
 
 
@@ -225,6 +228,7 @@ def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     if request.mask_TxYxX is not None:
         _check_levels("editing with a mask", layout)
         known_TxYxX[:] = ~_mask(request)[index_T]
+        _check_mask(known_TxYxX)
     start_n = np.full(_known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
     task = _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
     return dataclasses.replace(task, take=slice(0, F))
@@ -285,11 +289,17 @@ def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     prompt_n = np.searchsorted(time_j, task.piece.pos_nx3[:, 0] + 1e-4, side="right") - 1
     unseen = sorted(set(range(len(time_j))) - set(prompt_n))
     if unseen:
-        times = np.unique(task.piece.pos_nx3[:, 0])
+        times, j = np.unique(task.piece.pos_nx3[:, 0]), np.arange(len(time_j))
+        # Each at the first latent frame from its time on that none before it holds, as far as there are any.
+        at_j = np.maximum.accumulate(np.searchsorted(times, time_j - 1e-4) - j) + j
+        at_j = np.minimum(at_j, len(times) - len(j) + j)
+        st = layout.codec.stride[0]
+        more = f"frames={max(1 + (len(j) - 1) * st, _legal(1 + int(np.ceil(time_j[-1] * request.fps)), st))}"
+        nearest = ", ".join(f"{t:g}" for t in times[at_j]) + " s, or more frames" if at_j[0] == 0 else more
         raise ValueError(
             f"the timeline's prompt at {time_j[unseen[0]]:g} s is seen by nothing: frames={request.frames} at "
             f"{request.fps:g} a second have latent frames at {', '.join(f'{t:g}' for t in times)} s, and each sees one "
-            f"prompt. Nearest: {times[np.abs(times - time_j[unseen[0]]).argmin()]:g} s, or more frames."
+            f"prompt. Nearest: {nearest}."
         )
     ids = [layout.tokenise(text) for text in prompts]
     piece = dataclasses.replace(
@@ -322,8 +332,8 @@ def task_of(request: Request) -> str:
     return task
 
 
-def told(task: Task, layout: Layout) -> str:
-    """How much of what is given the model knows, in words; '' where it knows all of it.
+def told(task: Task, layout: Layout, context: int | None = None) -> str:
+    """How much of what is given the model knows, in words; '' where it knows all of it, or of the context asked for.
 
     Counted apart: whole frames that share a group of the codec's stride with frames that are not given, and pixels of
     other patches that are given in part (masks are dilated to whole patches).
@@ -332,16 +342,21 @@ def told(task: Task, layout: Layout) -> str:
     known_n = task.level_Kxg[0][task.piece.group_n] == 0
     seen_TxYxX = known_n.reshape(task.grid.shape).repeat(st * pt, 0)[st - 1 :].repeat(sy * py, 1).repeat(sx * px, 2)
     # What is cut may be frames that repeat the last; but of a loop it is the video itself.
+    seen_T = seen_TxYxX.all((1, 2))
+    ends = [int(n) for n in (seen_T.argmin(), seen_T[::-1].argmin()) if n]
+    words = []
+    if context is not None and ends != [context] * len(ends):
+        words += [f"of context={context} frames the model sees {' and '.join(map(str, ends))}, in whole groups of {st}"]
     unseen_TxYxX = (task.known_TxYxX & ~seen_TxYxX)[task.take if task.before_FxYxXx3 is None else slice(None)]
     whole_T = unseen_TxYxX.all((1, 2))
     frames, pixels = int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum())
-    if not frames + pixels:
-        return ""
-    return (
-        f"the model knows {known_n.sum()} of {known_n.size} patches; not among them, and put back after decoding: "
-        f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
-        f"{sx * px}x{sy * py} that the mask touches"
-    )
+    if frames + pixels:
+        words += [
+            f"the model knows {known_n.sum()} of {known_n.size} patches; not among them, and put back after decoding: "
+            f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
+            f"{sx * px}x{sy * py} that the mask touches"
+        ]
+    return "; ".join(words)
 
 
 def prompts_of(request: Request) -> list[str]:
@@ -375,9 +390,15 @@ class Window:
 def start_rollout(request: Request, layout: Layout) -> tuple[Task, Window]:
     """The layout that all chunks share, and the window before the first: noise alone."""
     _check_rollout(request, layout)
+    _check_new_frames(request)
     st, context = layout.codec.stride[0], _context(request, layout)
+    if context != _legal(context, st):
+        above = _legal(context, st)
+        raise ValueError(
+            f"context={context} must be 1 + {st}k frames (the codec's stride). Nearest: {above - st} or {above}."
+        )
     if request.window != _legal(request.window, st) or rollout_latents(request, layout)[1] < 1:
-        nearest = max(_legal(request.window, st), _legal(context + 1, st))
+        nearest = max(_legal(request.window, st), context + st)
         raise ValueError(
             f"window={request.window} must be 1 + {st}k frames (the codec's stride), more than context={context}. "
             f"Nearest: {nearest}."
@@ -467,7 +488,7 @@ def _latent_noise(request, layout, t):
 
 
 def _context(request, layout):
-    return 1 + layout.codec.stride[0] if request.context is None else max(request.context, 1)
+    return 1 + layout.codec.stride[0] if request.context is None else request.context
 
 
 # What requests are held against.
@@ -642,3 +663,17 @@ def _course(layout, known_TxYxX, known_n, velocity_nxP):
     given_TxYxXx3 = np.repeat(known_TxYxX[..., None], 3, -1).astype(np.float32)
     given_nxP, _ = patchify(layout.codec.encode(given_TxYxXx3), layout.patch)
     return np.where((given_nxP > 0) & ~known_n[:, None], velocity_nxP, np.float32(np.nan)).astype(np.float32)
+
+
+def _check_mask(known_TxYxX):
+    """Raises ValueError unless a mask leaves something known and something to make."""
+    if not known_TxYxX.any():
+        raise ValueError(
+            "the mask is True (white) everywhere, so that nothing of the video is known. Give one that is False "
+            "(black) where the video stays, or no mask, with task='edit'."
+        )
+    if known_TxYxX.all():
+        raise ValueError(
+            "the mask is True (white) nowhere, so that nothing is made anew. Give one that is True (white) somewhere: "
+            "white is what is nearer to it in brightness than to black, and what is transparent is black."
+        )

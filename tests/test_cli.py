@@ -23,7 +23,7 @@ from configs import base
 from dit_video import generate, requests
 from dit_video.codecs import make_codec
 from dit_video.data.decode import check, decode
-from dit_video.gallery import write_gif, write_png
+from dit_video.gallery import write_gif, write_mp4, write_png
 from dit_video.sampling import uniform_levels
 from dit_video.step import make_run
 from dit_video.tasks import TASKS, Layout, start_rollout
@@ -81,8 +81,9 @@ def sample_here(*given):
         (["--size=48"], r"size='48' is not of the form WIDTHxHEIGHT"),
         (["--frames=10"], r"frames=10 cannot be encoded.*Nearest: 9 or 13\."),
         (["--fps=-1"], r"fps=-1.0 is not a frame rate"),
-        (["--seed=1", "--seed=2", "--seed=3"], r"--seed was given 3 times for 2 prompts: give it once, or 2 times\."),
-        (["--size=16x16", "--size=8x8", "--size=24x8"], r"--size was given 3 times for 2 prompts"),
+        (["--seed=1", "--seed=2", "--seed=3"], r"--seed was given 3 times for 2 requests: give it once, or 2 times\."),
+        (["--task=extend", *["--video=a.mp4", "--new_frames=4"] * 3], "--prompt was given 2 times for 3 requests"),
+        (["--size=16x16", "--size=8x8", "--size=24x8"], r"--size was given 3 times for 2 requests"),
         (["--image=x.png"], r"task=text takes no image; it belongs to animate"),
         (["--task=animate"], r"task=animate needs image: give --image"),
         (["--task=animate", "--image=missing.png"], r"missing\.png"),
@@ -109,7 +110,16 @@ def test_wrong_sampling_flags(weights, tmp_path, given, message):
     rest = [f"--weights={weights}", f"--out={tmp_path / 'out'}", "--prompt=a", "--prompt=b"]
     with pytest.raises(SystemExit, match=message) as error:
         sample_here(*rest, *given)
-    assert "\n" not in error.value.code and not (tmp_path / "out").exists()
+    assert "\n" not in error.value.code and not any((tmp_path / "out").glob("*"))
+
+
+def test_a_folder_that_cannot_be_written_to(weights, tmp_path):
+    """Is found before anything is sampled: even before a size that cannot be."""
+    (tmp_path / "file").write_text("")
+    for save in ("all", "latents"):
+        given = [f"--weights={weights}", "--prompt=a", "--size=50x32", f"--save={save}"]
+        with pytest.raises(SystemExit, match=r"--out=\S+/out cannot be written to \(Not a directory\): give a folder"):
+            sample_here(*given, f"--out={tmp_path / 'file' / 'out'}")
 
 
 def test_where_there_is_no_run(tmp_path):
@@ -124,6 +134,7 @@ def test_where_there_is_no_run(tmp_path):
 def test_sample_command(weights, tmp_path):
     """A video leaves a PNG, a GIF, an mp4 and its frames, one frame a PNG alone; samples.json says how."""
     given = ["--prompt=a red circle", "--prompt=", "--size=16x24", "--frames=5", "--frames=1", "--fps=6"]
+    given += ["--history=1.5"]
     code, said = run("sample", f"--weights={weights}", f"--out={tmp_path}", "--save=png", "--seed=3", *given)
     assert code == 0 and said.splitlines()[-1] == str(tmp_path / "index.html")
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
@@ -135,7 +146,7 @@ def test_sample_command(weights, tmp_path):
     shown = [first[key] for key in ("prompt", "seed", "width", "height", "frames", "fps")]
     assert shown == ["a red circle", 3, 16, 24, 5, 6.0]
     assert (second["frames"], second["checkpoint_step"], second["weights"]) == (1, 7, str(weights))
-    assert (first["steps"], first["solver"], first["guidance"], first["task"]) == (2, "ab2", 3.0, "text")
+    assert [first[key] for key in ("steps", "solver", "guidance", "history", "task")] == [2, "ab2", 3.0, 1.5, "text"]
 
 
 def test_a_seed_gives_one_picture(weights, tmp_path):
@@ -188,6 +199,13 @@ def test_animated_picture_stays_the_first_frame(weights, tmp_path):
             "--task=extend --video=a.mp4 --video=b.mp4 --prompt=p --fps=8 --fps=12",
             [{"task": "extend", "video": v, "prompt": "p", "fps": fps} for v, fps in (("a.mp4", 8.0), ("b.mp4", 12.0))],
         ),
+        (
+            "--task=edit --video=a.mp4 --prompt=a --prompt=b --strength=0.3 --strength=0.9 --num=2",
+            [
+                {"task": "edit", "video": "a.mp4", "prompt": p, "strength": s, "num": 2}
+                for p, s in (("a", 0.3), ("b", 0.9))
+            ],
+        ),
         ("--prompt=a --prompt=b --frames=5", [{"task": "text", "prompt": p, "frames": 5} for p in "ab"]),
     ],
 )
@@ -198,9 +216,16 @@ def test_flags_are_lines_of_requests(given, lines):
         assert SAMPLE.fields_from_flags() == [{"num": 1} | line for line in lines]
 
 
+@pytest.mark.parametrize("given", ["--task=loop", "--steps=2", "--guidance=2", "--history=1", "--out=x", "--causal"])
+def test_flags_for_all_prompts_are_given_once(given):
+    """absl would take the last without a word."""
+    with flagsaver.flagsaver(), pytest.raises(flags.Error, match=f"{given.split('=')[0]}.*already defined"):
+        flags.FLAGS(["sample", given, given])
+
+
 @pytest.fixture(scope="module")
 def media(tmp_path_factory):
-    """Two moving GIFs of random pixels and 9 frames, 24x16 and 32x16, their first frames, and a mask of 24x16."""
+    """Two moving GIFs of random pixels and 9 frames, 24x16 and 32x16, their first frames, and masks of 24x16."""
     folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
     for name, width in (("a", 24), ("b", 32)):
         video = np.repeat(rng.integers(200, size=(9, 16, width, 1), dtype=np.uint8), 3, 3)  # a palette's worth of greys
@@ -209,6 +234,7 @@ def media(tmp_path_factory):
     mask = np.zeros((16, 24, 3), np.uint8)
     mask[2:13, 8:15] = 255
     write_png(folder / "mask.png", mask)
+    write_gif(folder / "c.gif", np.stack([mask] * 6 + [255 - mask] * 6), 8, 1)
     return folder
 
 
@@ -225,10 +251,19 @@ def frames_of(path, **changes):
         ("connect a.gif b.gif", r"the videos are 24x16 and 32x16 .* both are resized to. Nearest: --size=24x16"),
         ("extend a.gif --size=20x16", "width=20 .*Nearest: 16 or 24"),
         ("extend a.gif --new_frames=0", "new_frames=0: give 1 frame at least"),
+        ("extend a.gif --new_frames=2 --new_frames=3", "--new_frames was given 2 times for 1 request: give it once"),
         ("extend a.gif --fps=0", "fps=0.0 is not a frame rate"),
         ("paint a.gif", "painting needs a mask, or a size larger than the video's 24x16"),
+        (
+            "paint b.gif --size=16x8",
+            "a size larger than the video's 32x16, such as --size=48x32: at 16x8 nothing is around",
+        ),
         ("paint a.gif --mask=b.png", r"mask .*b.png is 32x16 and the video 24x16: give a mask of the video's size"),
         ("paint a.gif --mask=b.gif", r"mask .*b.gif is 32x16 and the video 24x16"),
+        (
+            "paint a.gif --mask=c.gif",
+            r"c.gif has 2 frames in 1.5 s and the video 9 in 1.12 s: give 9, or as many seconds",
+        ),
         ("paint a.gif --mask=box:0,0,9", "mask='box:0,0,9' is not of the form box:y0,x0,y1,x1"),
         ("paint a.gif --mask=box:4,4,20,30", r"video of 16x24 .* 9 frames. Nearest: box:4,4,16,24,0,9"),
         ("edit a.gif --strength=1.5", "strength=1.5 is no level to start from. Choose above 0, and 1 at most"),
@@ -247,7 +282,80 @@ def test_wrong_media_flags(weights, media, tmp_path, given, message):
     words = [w.replace("--mask=", f"--mask={media}/") if "--mask" in w and "box" not in w else w for w in words]
     with pytest.raises(SystemExit, match=message) as error:
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--task={task}", *words)
-    assert "\n" not in error.value.code and not (tmp_path / "out").exists()
+    assert "\n" not in error.value.code and not any((tmp_path / "out").glob("*"))
+
+
+def test_videos_are_read_as_long_as_they_last(tmp_path):
+    """At any rate, the last frame and those that a GIF merged included; and their masks with them, whatever theirs."""
+    rng = np.random.default_rng(0)
+    scenes = np.repeat(rng.integers(8, 200, size=(13, 16, 24, 1), dtype=np.uint8), 3, 3)
+    still = scenes[[0, 0, 0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 4]]  # what write_gif merges
+    stops = scenes[[0, 1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6]]
+    for name, video, fps in (("v", scenes, 8), ("still", still, 8), ("stops", stops, 8), ("slow", scenes[:2], 1)):
+        write_gif(tmp_path / f"{name}.gif", video, fps, 1)
+    write_mp4(tmp_path / "v.mp4", scenes, 8, 1)
+    request = lambda task, **fields: requests.read(fields | {"task": task}, (8, 8))[0].request
+    read = lambda name, **fields: request("extend", video=str(tmp_path / name), **fields).videos[0]
+    np.testing.assert_array_equal(read("still.gif", fps=8), still)
+    np.testing.assert_array_equal(read("stops.gif", fps=8), stops)
+    np.testing.assert_array_equal(read("still.gif", fps=4), still[:12:2])
+    np.testing.assert_array_equal(read("slow.gif", fps=8), scenes[:2].repeat(8, 0))
+    np.testing.assert_array_equal(read("v.mp4", fps=24), read("v.mp4").repeat(3, 0))
+    connected = request(
+        "connect", video=[str(tmp_path / name) for name in ("v.gif", "slow.gif")]
+    )  # at the first's rate
+    assert [len(video) for video in connected.videos] == [13, 16] and connected.fps == 8
+    # Near its own rate a video is read frame by frame.
+    np.testing.assert_array_equal(read("v.gif", fps=8.05), scenes)
+
+    white_T = np.isin(np.arange(13), [3, 4, 5, 6, 12])
+    mask = np.zeros_like(scenes)
+    mask[white_T, 2:9, 8:15] = 255
+    write_gif(tmp_path / "mask.gif", mask, 8, 1)
+    write_mp4(tmp_path / "mask.mp4", mask, 25, 1)
+    for video, mask, fields, wanted_T in (
+        ("v.mp4", "mask.gif", {}, white_T),
+        ("v.gif", "mask.gif", {"fps": 4.0}, white_T[:12:2]),
+        ("v.gif", "mask.mp4", {}, white_T),
+        ("v.mp4", "mask.mp4", {"fps": 4.0}, white_T[:12:2]),
+        ("still.gif", "mask.gif", {"fps": 8.0}, white_T),
+    ):
+        paths = {"video": str(tmp_path / video), "mask": str(tmp_path / mask)}
+        np.testing.assert_array_equal(request("edit", **paths, **fields).mask_TxYxX[:, 5, 10], wanted_T)
+
+
+def test_what_is_painted_around(media, shared):
+    """The video at its own size, or at the largest that fits: only where the size is larger, or there is no mask."""
+    clip = shared / "clips" / "videos" / "m3_deck_480x270_av1_10bit.mp4"
+    if not clip.exists():
+        pytest.skip(f"no {clip}")
+    large, box = {"video": str(clip), "fps": 1.0}, {"mask": "box:0,0,9,9"}
+    small = {"video": str(media / "b.gif")}
+    for fields, width, height in (
+        (small | {"size": "48x16"}, 32, 16), (small | box | {"size": "48x16"}, 32, 16), (small | box, 32, 16),
+        (small | {"size": "24x24"}, 24, 16), (small | box | {"size": "24x24"}, 24, 16),
+        (small | box | {"size": "24x16"}, 24, 16), (small | {"size": "16x16"}, 16, 8), (large | box, 480, 272),
+        (large | {"size": "48x32"}, 48, 24), (large | box | {"size": "48x32"}, 48, 32),
+    ):  # fmt: skip
+        (asked,) = requests.read(fields | {"task": "paint"}, (8, 8))
+        assert asked.request.videos[0].shape[1:3] == (height, width), fields
+        assert asked.request.mask_TxYxX is None or asked.request.mask_TxYxX.shape[1:] == (height, width)
+
+
+def test_a_mask_is_what_is_bright_and_opaque(media, tmp_path):
+    """Whatever its colours: what is transparent is not white, though a picture of it is shown on white."""
+    mask_YxXx4 = np.zeros((16, 24, 4), np.uint8)
+    white_YxX = np.zeros((16, 24), bool)
+    colours = {(255, 255, 255, 0): False, (255, 255, 255, 255): True, (100, 100, 100, 255): False,
+               (150, 150, 150, 255): True, (0, 255, 0, 255): True, (0, 0, 255, 255): False}  # fmt: skip
+    for x, (colour, white) in enumerate(colours.items()):
+        mask_YxXx4[4:9, 4 * x : 4 * x + 4], white_YxX[4:9, 4 * x : 4 * x + 4] = colour, white
+    Image.fromarray(mask_YxXx4).save(tmp_path / "mask.png")
+    still, clear = Image.fromarray(mask_YxXx4), Image.new("RGBA", (24, 16))
+    still.save(tmp_path / "mask.webp", save_all=True, append_images=[clear] * 8, duration=125, lossless=True)
+    for name, times in (("mask.png", [1]), ("mask.webp", [1] + [0] * 8)):
+        (asked,) = requests.read({"task": "paint", "video": str(media / "a.gif"), "mask": str(tmp_path / name)}, (8, 8))
+        np.testing.assert_array_equal(asked.request.mask_TxYxX, [white_YxX & bool(time) for time in times])
 
 
 @pytest.mark.parametrize(
@@ -256,7 +364,8 @@ def test_wrong_media_flags(weights, media, tmp_path, given, message):
         ('{"task": "text", "promt": "a"}', "r.jsonl, line 3: task=text takes no promt; allowed: task, prompt"),
         ('{"task": "dream"}', "line 3: task='dream' is not known. Allowed: text, animate"),
         ('["text"]', "line 3: .* is no JSON object"),
-        ('{"task": "text"', "line 3: "),
+        ('{"seed": 1, "task": "text", "seed": 1}', "line 3: seed is given 2 times: give it once"),
+        ('{"task": "text"', "line 3: no JSON, Expecting ',' delimiter at column 16"),
         ('{"task": "text", "frames": "9"}', "line 3: frames='9' is no whole number"),
         ('{"task": ["text"]}', r"line 3: task=\['text'\] is no text"),
         ('{"task": "text", "guidance": "abc"}', "line 3: guidance='abc' is no finite number"),
@@ -274,6 +383,17 @@ def test_wrong_lines_of_requests(weights, tmp_path, line, message):
     """The line's number, and what is wrong with it."""
     (tmp_path / "r.jsonl").write_text('{"prompt": "a"}\n\n' + line)
     with pytest.raises(SystemExit, match=message):
+        sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
+
+
+def test_a_line_has_scales_of_its_own():
+    (asked,) = requests.read({"prompt": "a", "guidance": 2, "history": 0.5}, (8, 8))
+    assert (asked.request.guidance, asked.request.history) == (2, 0.5) and asked.fields["history"] == 0.5
+
+
+def test_requests_that_ask_for_nothing(weights, tmp_path):
+    (tmp_path / "r.jsonl").write_text("\n\n")
+    with pytest.raises(SystemExit, match=r"r.jsonl asks for nothing: give a line such as"):
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
 
 
@@ -298,7 +418,7 @@ def test_readmes_tasks_are_laid_out_as_they_stand(monkeypatch):
             assert task.level_Kxg.max() > 0
 
 
-def test_every_task_from_lines_of_requests(weights, media, tmp_path):
+def test_every_task_from_lines_of_requests(weights, media, tmp_path, caplog):
     """Many tasks in one file; what is known comes back from PNGs bit for bit; samples.json makes all of it again."""
     a, b, mask = str(media / "a.gif"), str(media / "b.gif"), str(media / "mask.png")
     lines = [
@@ -315,6 +435,7 @@ def test_every_task_from_lines_of_requests(weights, media, tmp_path):
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
     how = [f"--weights={weights}", "--save=png", "--steps=1"]
     sample_here(*how, f"--requests={tmp_path / 'r.jsonl'}", f"--out={tmp_path / 'one'}")
+    assert re.search(r"request 5, paint: the model knows 12 of 18 patches; .* 459 given pixels", caplog.text)
     made = json.loads((tmp_path / "one" / "samples.json").read_text())["samples"]
     assert [(s["task"], s["frames"], s["seed"]) for s in made] == [
         ("animate", 5, 0), ("extend", 12, 4), ("extend", 12, 5), ("extend", 12, 0), ("connect", 22, 0),
@@ -357,8 +478,7 @@ def test_real_media(weights, shared, tmp_path):
     )
     made = json.loads((tmp_path / "samples.json").read_text())["samples"]
     for s, path, fps in zip(made, [*paths, picture], (8, 4, 1), strict=True):
-        last = check(path)[0].stamps[-1]
-        time_T = np.arange(int(last * fps + 1e-3) + 1) / fps
+        time_T = np.arange(round((check(path)[0].duration or 0) * fps) or 1) / fps + 0.005
         wanted = frames_of(path, time_T=time_T, height=s["height"], width=s["width"])
         found = [np.asarray(Image.open(p)) for p in sorted((tmp_path / s["name"]).glob("*.png"))]
         assert len(found) == len(wanted) + 4

@@ -428,6 +428,8 @@ def test_pictures_of_every_mode_come_out_in_rgb(tmp_path):
         video = decode.decode(media, 0.0, (0.0, 1.0), 64, 64)
         assert video.shape == (2, 64, 64, 3) and video.dtype == np.uint8
         assert np.abs(video[1] - want_YxX[..., None]).max() <= tolerance, name
+        if name == "clear.gif":
+            assert decode.decode(media, 0.0, (0.0,), 64, 64, ground=70).tolist() == np.full((1, 64, 64, 3), 70).tolist()
 
 
 @pytest.mark.parametrize("name", ["moving.gif", "moving.webp", "moving.png"])

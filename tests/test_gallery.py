@@ -122,11 +122,15 @@ def test_gif_of_many_colours_is_close_and_does_not_flicker():
 
 def test_png_frames_are_exact(tmp_path):
     video_TxYxXx3 = np.random.default_rng(0).integers(0, 256, (3, 17, 31, 3), dtype=np.uint8)
-    gallery.write_frames(tmp_path / "new" / "clip", video_TxYxXx3)
+    gallery.write_frames(tmp_path / "new" / "clip", np.repeat(video_TxYxXx3, 2, 0))
+    gallery.write_frames(tmp_path / "new" / "clip", video_TxYxXx3)  # none of the longer one is left
     names = sorted(path.name for path in (tmp_path / "new" / "clip").iterdir())
     assert names == ["f0000.png", "f0001.png", "f0002.png"]
     read = [np.asarray(Image.open(tmp_path / "new" / "clip" / name)) for name in names]
     np.testing.assert_array_equal(np.stack(read), video_TxYxXx3)
+    gallery.write_png(tmp_path / "new" / "clip" / "f-own.png", video_TxYxXx3[0])
+    gallery.write_frames(tmp_path / "new" / "clip", video_TxYxXx3[:1])
+    assert sorted(path.name for path in (tmp_path / "new" / "clip").iterdir()) == ["f-own.png", "f0000.png"]
 
 
 @pytest.mark.parametrize("encode", [gallery.mp4_bytes, gallery.gif_bytes])
@@ -240,6 +244,9 @@ def test_gallery_in_an_object_store():
     fsspec.register_implementation("s3", Store, clobber=True)
     directory = epath.Path("s3://bucket/run/gallery")
     gallery.grow(directory, 5, samples())
+    for frames in (3, 2):
+        gallery.write_frames(directory / "frames", moving_square(frames))
+    assert sorted(path.name for path in (directory / "frames").iterdir()) == ["f0000.png", "f0001.png"]
     page = Page(gallery.grow(directory, 6, samples()).read_text())
     assert re.findall(r"Step (\d)", page.text) == ["6", "5"]
     assert all((directory / reference).exists() for reference in page.references)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import types
+from importlib.metadata import version
 
 import pytest
 from PIL import Image
@@ -127,6 +128,17 @@ def test_the_first_cell_clones_and_installs_and_leaves_jax_alone(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     installed = {item["metadata"]["name"].lower() for item in report["install"]}
     assert installed & {"dit_video", "dit-video"} and not installed & {"jax", "jaxlib"}
+
+
+def test_the_first_cell_says_what_to_do_about_an_older_jax(tmp_path):
+    """Before pip, whose words on it name no jax: here of a clone that asks for one that is not made yet."""
+    for path, text in (("configs/base.py", ""), ("setup.py", 'install_requires=["jax>=99.1"]')):
+        (tmp_path / "dit_video" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dit_video" / path).write_text(text)
+    cell = source(read("tour")["cells"][1])
+    done = subprocess.run([sys.executable, "-c", cell], cwd=tmp_path, capture_output=True, text=True)
+    said = rf"RuntimeError: jax {version('jax')} is installed here, and dit_video needs jax 99.1 or newer. .* restart"
+    assert done.returncode == 1 and re.search(said, done.stderr) and not (tmp_path / "own_jax.txt").exists()
 
 
 # From the first cell to the last

@@ -278,6 +278,13 @@ def test_what_the_model_does_not_know_of_the_given_is_counted():
     # Of 5 known frames, 6 new ones and the first again, frames 11 and 12 lie in the group of 9 ... 12.
     assert ": 2 given frames in groups of 4" in told(laid(ALL_TASKS["loop"]), layout)
     assert told(laid(dataclasses.replace(ALL_TASKS["loop"], new_frames=8)), layout) == ""
+    # Whole groups of a context: 1 + 4k frames before the new ones, 4k after.
+    for name, context, seen in (
+        ("forward", 6, "5"), ("forward", 5, ""), ("backward", 5, "4"), ("backward", 4, ""), ("loop", 6, "5 and 4"),
+    ):  # fmt: skip
+        request = dataclasses.replace(ALL_TASKS[name], context=context, new_frames=8)
+        words = f"of context={context} frames the model sees {seen}, in whole groups of 4" if seen else ""
+        assert told(laid(request), layout, context) == words
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
@@ -350,6 +357,14 @@ def test_a_loop_leads_from_the_end_to_the_beginning():
         assert task.level_Kxg[0, task.piece.group_n][task.piece.frame_n == task.piece.frame_n.max()].max() == 0
 
 
+def test_what_closes_a_loop_is_not_the_noise_of_what_it_closes():
+    """A loop from a prompt makes both from one seed: patches of the same place would start alike."""
+    closing = laid(ALL_TASKS["loop"]).piece.x_nxP
+    first = laid(dataclasses.replace(ALL_TASKS["connect"], videos=(V, V), context=5)).piece.x_nxP
+    new_n = laid(ALL_TASKS["loop"]).piece.frame_n == 2  # of 5 known frames and 6 new ones
+    assert closing.shape == first.shape and abs(closing[new_n] - first[new_n]).max(1).min() > 0.1
+
+
 def test_an_edit_starts_between_the_video_and_noise():
     """z = (1 - s) x + s e with the request's own noise; all levels fall from s to 0; strength 1 is text to video."""
     edit = lambda s: laid(dataclasses.replace(ALL_TASKS["edit"], strength=s)).piece.x_nxP
@@ -392,11 +407,33 @@ def test_patches_of_a_timeline_see_the_prompt_of_their_time():
     assert len(numbers) == 6 and 0 not in numbers
 
 
+def test_the_nearest_timeline_can_be_laid_out():
+    """What the error suggests: other times, or as many frames as there are prompts for."""
+    rng, refused = np.random.default_rng(0), collections.Counter()
+    for _ in range(60):
+        times = np.cumsum([0, *rng.uniform(0.05, 0.7, rng.integers(5))])
+        request = Request("", 24, 16, 1 + 4 * rng.integers(1, 5), task="timeline")
+        for attempt in range(3):
+            try:
+                laid(dataclasses.replace(request, timeline=tuple((t, "a") for t in times)))
+                break
+            except ValueError as error:
+                nearest = str(error).split("Nearest: ")[1]
+            refused[attempt, nearest.split("=")[0] == "frames"] += 1
+            if nearest.startswith("frames="):
+                request = dataclasses.replace(request, frames=int(nearest[7:-1]))
+            else:
+                times = np.array([float(t) for t in nearest.split(" s")[0].split(",")])
+        else:
+            pytest.fail(f"{request.frames} frames: {times}")
+    assert refused[0, True] > 5 and refused[0, False] > 5 and refused[2, True] + refused[2, False] == 0
+
+
 # Roll-outs
 
 
 def test_a_roll_out_is_a_staircase_that_moves_along():
-    """With a solver that writes each latent frame's index where its level reaches 0.
+    """With a solver that writes each frame's index where its latent frame's level reaches 0.
 
     The frames come out in order, once each; every latent frame comes down over as many chunks as are active, from its
     own noise; what is clean stays; a window's first frame is a picture of the last frame before; no shape changes.
@@ -415,15 +452,19 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
             chunk = chunks[i]
             first, levels = max(0, chunk - (3 if i == 0 else 4)), task.level_Kxg
             latents = unpatchify(task.piece.x_nxP, task.grid).copy()
+            T, Y, X = task.grid.shape
+            frames = np.arange(4 * first, 4 * (first + T) - 3, dtype=np.uint8)
+            clean = layout.codec.encode(
+                to_float(np.broadcast_to(frames[:, None, None, None], (*frames.shape, 8 * Y, 8 * X, 3)))
+            )
             assert (np.diff(levels, axis=0) <= 0).all() and (np.diff(levels, axis=1) >= 0).all()
             seen.append((i, levels.shape, task.piece.x_nxP.shape))
             for w, (begin, end) in enumerate(zip(levels[0], levels[-1])):
                 active = 2 if i == 0 else 3
                 assert begin == pytest.approx(np.clip(1 - (chunk - first - w) / active, 0, 1), abs=1e-6)
                 assert end == pytest.approx(np.clip(1 - (chunk + 1 - first - w) / active, 0, 1), abs=1e-6)
-                value = to_float(np.uint8(first + w)) if first + w < 256 else None
-                if begin == 0:  # the last of its frames is the same in a picture of it
-                    assert latents[w].min() == latents[w].max() == value
+                if begin == 0:
+                    np.testing.assert_array_equal(latents[w], clean[w])
                 elif begin == 1:
                     noise = np.random.default_rng((requests[i].seed, first + w)).standard_normal(
                         latents[w].shape, np.float32
@@ -431,7 +472,7 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
                     np.testing.assert_array_equal(latents[w], noise)
                     fresh.add((i, first + w))
                 if end == 0:
-                    latents[w] = value
+                    latents[w] = clean[w]
             out[i] = latents
             chunks[i] += 1
         return out
@@ -440,7 +481,7 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
     videos = generate._roll_out(requests, rolled, layout, uniform_levels(7), 7, solve)
     assert [len(videos[i]) for i in (0, 1)] == [42, 7]
     for video in videos.values():
-        np.testing.assert_array_equal(video[:, 0, 0, 0], (np.arange(len(video)) + 3) // 4)
+        np.testing.assert_array_equal(video[:, 0, 0, 0], np.arange(len(video)))
         assert (video == video[:, :1, :1, :1]).all()
     assert len({found for found in seen if found[0] == 0}) == len({found for found in seen if found[0] == 1}) == 1
     assert {t for i, t in fresh if i == 0} >= set(range(12))
@@ -462,18 +503,24 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
         ("backward", {"videos": (V[:3],)}, r"backward needs 4 known frames .*; the video has 3. Nearest: 4"),
         ("connect", {"videos": (V, video_of(9, 32))}, "the videos are 24x16 and 32x16 .*: resize one"),
         ("connect", {"videos": (V, W[:5])}, "new_frames=6, the 5 frames .* Give 6 of them at least, or new_frames=8"),
+        ("connect", {"videos": (V, W[:1]), "new_frames": 8}, r"the 1 frames .* Give 4 of them at least\.$"),
         ("loop", {"videos": (V[:2],)}, "new_frames=6 needs a video of 6 frames, .*, and this has 2. Nearest: 6"),
         ("in-painting", {"mask_TxYxX": None}, "painting needs a mask, or a size larger than the video's 24x16"),
         ("in-painting", {"mask_TxYxX": MASK[:, :8]}, "the mask is 24x8 and the video 24x16 .*: give a mask of 24x16"),
         ("in-painting", {"mask_TxYxX": np.repeat(MASK, 9, 0)}, "the mask has 9 frames and the video 10: give 10, or 1"),
         ("in-painting", {"mask_TxYxX": MASK.astype(float)}, "the mask is float64 .*; give bool"),
         ("in-painting", {"mask_TxYxX": np.indices((1, 16, 24)).sum(0) % 5 == 0}, "would see nothing of what is given"),
+        ("in-painting", {"mask_TxYxX": 0 * MASK > 0}, "white.* nowhere, so that nothing is made anew. Give"),
+        ("masked edit", {"mask_TxYxX": MASK >= 0}, "white.* everywhere, so that nothing of the video is known. Give"),
+        ("both", {"mask_TxYxX": MASK >= 0}, "white.* everywhere, so that nothing of the video is known. Give"),
         ("out-painting", {"height": 8}, "the video is 24x16 and the clip 40x8 .*or a larger one"),
         ("edit", {"strength": 0.0}, "strength=0.0 is no level to start from. Choose above 0, and 1 at most"),
         ("interpolate", {"factor": 2**0.5 * 10}, "factor=14.1421 is no fraction p/q .*up to 16. Nearest: 14."),
         ("interpolate", {"videos": (V[:1],)}, "the video has 1 frames .*2 frames at least"),
         ("timeline", {"timeline": ((1, "a"),)}, r"times are \[1.0\] s: they must start at 0 and ascend"),
-        ("timeline", {"timeline": ((0, "a"), (3, "b"))}, "at 3 s is seen by nothing: frames=9 .*Nearest: 1 s, or"),
+        ("timeline", {"timeline": ((0, "a"), (3, "b"))}, "at 3 s is seen by nothing: frames=9 .*Nearest: 0, 1 s, or"),
+        ("timeline", {"timeline": ((0, "a"), (0.1, "b"), (0.2, "c"))}, "at 0.1 s is seen .*Nearest: 0, 0.5, 1 s, or"),
+        ("timeline", {"timeline": ((0, "a"), (0.4, "b"), (1, "c"), (2, "d"))}, "at 2 s is seen .*Nearest: frames=17"),
         ("timeline", {"frames": 10}, "frames=10 .*Nearest: 9 or 13"),
     ],
 )  # fmt: skip
@@ -488,6 +535,8 @@ def test_tasks_that_cannot_be_laid_out_are_refused(name, changes, says):
     [
         ({"window": 12}, r"window=12 must be 1 \+ 4k frames .* context=5. Nearest: 13"),
         ({"window": 5}, "window=5 must be .*, more than context=5. Nearest: 9"),
+        ({"context": -5}, "context=-5: give 1 frame at least"),
+        ({"context": 8}, r"context=8 must be 1 \+ 4k frames \(the codec's stride\). Nearest: 5 or 9"),
         ({"frames": 0}, "frames=0: a roll-out makes 1 frame at least"),
         ({"task": "dream"}, "task='dream' is not known. Allowed: 'text', .*'rollout'"),
     ],
@@ -554,6 +603,11 @@ def test_guidance_by_what_is_known_leaves_it_as_it_is(trained, answers):
     (found,) = generate.sample([ALL_TASKS["forward"]], trained, history=3.0)
     moved = np.abs(made_by("forward", found).astype(int) - made_by("forward", answers["forward"]))
     assert moved.max() > 5  # where rounding moves by one
+    # At a scale of 0 nothing of it is seen.
+    others = [dataclasses.replace(ALL_TASKS["forward"], videos=(v,)) for v in (V, video_of(10, seed=5))]
+    unseen = [generate.sample([dataclasses.replace(r, history=0.0)], trained, history=2.0)[0][10:] for r in others]
+    assert levels_apart(unseen[:1], unseen[1:]) <= 1
+    assert levels_apart([found[10:]], [generate.sample(others[1:], trained, history=3.0)[0][10:]]) > 20
     # By the config of what is given alone, a roll-out not; --history of all.
     config = trained.config.copy_and_resolve_references()
     config.sample.history_given = 3.0

@@ -2,7 +2,7 @@
 
 T frames asked for, Y x X pixels of an upright frame with square pixels. Colours are what the decoder and swscale
 give: limited and full range and the tagged matrix are honoured, high dynamic range is not tone-mapped. What is
-transparent is laid on white.
+transparent is laid on white, or on another grey.
 """
 
 import contextlib
@@ -190,13 +190,14 @@ def check(path, limits=LIMITS):
     return media, _report(status, "; ".join(reasons), decoded, promised)
 
 
-def decode(media, start_s, time_T, height, width, limits=LIMITS):
+def decode(media, start_s, time_T, height, width, limits=LIMITS, ground=255):
     """Frames of `media` at start_s + time_T seconds from its first frame, as uint8 video_TxYxXx3, RGB and upright.
 
     time_T: ascending. For each time, the last usable frame whose stamp is not after it (the first, before all; the
     last, after all); a picture is the same at all times. Each frame is resized on its own (bicubic, antialiased), so
-    that memory is bounded by the result and a few frames of the file. Raises MediaError where the file is no longer
-    what `media` says, ValueError for times that do not ascend.
+    that memory is bounded by the result and a few frames of the file. ground: the grey level, 0 to 255, that what is
+    transparent is laid on. Raises MediaError where the file is no longer what `media` says, ValueError for times that
+    do not ascend.
     """
     wanted_T = start_s + np.asarray(time_T, np.float64)
     if wanted_T.size == 0 or np.any(np.diff(wanted_T) < 0):
@@ -206,13 +207,13 @@ def decode(media, start_s, time_T, height, width, limits=LIMITS):
         if size != media.bytes:
             raise MediaError(media.path, f"changed on disk: {size} bytes, {media.bytes} when probed")
         if media.kind == "image":
-            picture_YxXx3 = _rgb(_opaque(media.path, _picture(media.path, file, limits)), media, height, width)
+            picture_YxXx3 = _rgb(_picture(media.path, file, limits), media, height, width, ground)
             return np.repeat(picture_YxXx3[None], len(wanted_T), axis=0)
         if media.stamps:
             stamps = np.asarray(media.stamps)
             wanted_T = stamps[np.maximum(np.searchsorted(stamps, wanted_T + _SAME_S, side="right") - 1, 0)]
         deadline = time.thread_time() + limits.timeout_s
-        window = lambda seek: _window(file, media, wanted_T, height, width, limits, deadline, seek)
+        window = lambda seek: _window(file, media, wanted_T, height, width, limits, ground, deadline, seek)
         # A container without stamps cannot tell where a seek has led.
         if media.first_pts is not None and media.reader == "av" and wanted_T[0] > 0:
             with contextlib.suppress(_Lost, av.FFmpegError):
@@ -227,14 +228,14 @@ class _Lost(Exception):
     """The decoder did not give the frame that it should have: a seek that overshot, or a file that changed."""
 
 
-def _window(file, media, wanted_T, height, width, limits, deadline, seek):
+def _window(file, media, wanted_T, height, width, limits, ground, deadline, seek):
     video_TxYxXx3 = np.empty((len(wanted_T), height, width, 3), np.uint8)
     usable, held, done = set(media.stamps), None, 0
 
     def fill(frame, until):
         nonlocal done
         if done < until:
-            video_TxYxXx3[done:until] = _rgb(frame, media, height, width)
+            video_TxYxXx3[done:until] = _rgb(frame, media, height, width, ground)
             done = until
 
     for stamp, _, frame in _frames(file, media, limits, deadline, wanted_T[0] if seek else None):
@@ -362,21 +363,21 @@ def _picture(path, file, limits):
     return picture
 
 
-def _opaque(path, picture):
-    """The picture in 8-bit RGB; 16-bit grey is scaled, what is transparent is laid on white."""
+def _opaque(path, picture, ground=255):
+    """The picture in 8-bit RGB; 16-bit grey is scaled, what is transparent is laid on the grey level `ground`."""
     if picture.mode.startswith("I"):
         grey_YxX = np.asarray(picture)
         if grey_YxX.min() < 0 or grey_YxX.max() > 65535:
             raise MediaError(path, f"grey levels from {grey_YxX.min()} to {grey_YxX.max()} are not 16-bit")
-        white_YxX = grey_YxX == picture.info.get("transparency", -1)
-        return Image.fromarray(np.where(white_YxX, 255, grey_YxX // 257).astype(np.uint8)).convert("RGB")
+        clear_YxX = grey_YxX == picture.info.get("transparency", -1)
+        return Image.fromarray(np.where(clear_YxX, ground, grey_YxX // 257).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         raise MediaError(path, "floating-point grey has no range to scale to 8 bits from")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    under = Image.new("RGBA", picture.size, (ground, ground, ground, 255))
+    return Image.alpha_composite(under, picture).convert("RGB")
 
 
 # Videos: PyAV.
@@ -477,7 +478,7 @@ def _frames(file, media, limits, deadline, seek_s=None):
             picture.seek(index)
             picture.load()
             length = (picture.info.get("duration") or 100) / 1000  # 0 means as browsers read it
-            yield stamp, length, _opaque(media.path, picture)
+            yield stamp, length, picture.copy()
             stamp += length
         return
 
@@ -502,17 +503,17 @@ def _frames(file, media, limits, deadline, seek_s=None):
                 yield stamp, float(frame.duration * tick) if frame.duration else gap, frame
 
 
-def _rgb(frame, media, height, width):
-    """The frame (of PyAV, or an opaque Pillow picture) at the asked size and upright, as uint8 YxXx3."""
+def _rgb(frame, media, height, width, ground):
+    """The frame (of PyAV or Pillow) at the asked size and upright, as uint8 YxXx3; ground: see `decode`."""
     raw_height, raw_width = (width, height) if media.rotation % 180 else (height, width)
     if isinstance(frame, av.VideoFrame):
         if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
-            rgba_YxXx4 = frame.reformat(format="rgba", threads=1).to_ndarray()
-            frame = _opaque(media.path, Image.fromarray(rgba_YxXx4))
+            frame = Image.fromarray(frame.reformat(format="rgba", threads=1).to_ndarray())
         else:
             frame = frame.reformat(raw_width, raw_height, "rgb24", interpolation=_SCALING, threads=1)
             stored_YxXx3 = frame.to_ndarray()
     if isinstance(frame, Image.Image):
+        frame = _opaque(media.path, frame, ground)
         stored_YxXx3 = np.asarray(frame.resize((raw_width, raw_height), Image.Resampling.BICUBIC))
     if media.mirror:
         stored_YxXx3 = stored_YxXx3[::-1]

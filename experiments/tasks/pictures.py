@@ -43,6 +43,8 @@ def wanted(line: str) -> bool:
 def asked_by(words: list[str], step_yx) -> tuple[str, Asked]:
     """The name of a command's --out, and its request."""
     with flagsaver.flagsaver():
+        for flag in command.FOR_ALL:  # some were given to this program
+            flags.FLAGS[flag.name].unparse()
         flags.FLAGS(["sample", *words])
         (asked,) = [one for fields in command.fields_from_flags() for one in read(fields, step_yx)]
         asked = dataclasses.replace(asked, request=dataclasses.replace(asked.request, guidance=command.GUIDANCE.value))
