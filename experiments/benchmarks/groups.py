@@ -20,12 +20,14 @@ from dit_video.step import make_run
 
 GROUPS = flags.DEFINE_integer("groups", 32, "Groups of a row, against 1.", lower_bound=2)
 PATCHES = flags.DEFINE_integer("patches", 1024, "Of a row.", lower_bound=2)
+DEPTH = flags.DEFINE_integer("depth", 0, "Layers, so that a large model fits; 0 = as many as it has.", lower_bound=0)
 
 
 def prepared(name: str, modulation: str, groups: int):
     """(step, state, batch) of a model whose rows are cut in `groups` of one length."""
     config = model_config(name, PATCHES.value)
     config.model.modulation, config.data.groups = modulation, groups
+    config.model.depth = DEPTH.value or config.model.depth
     run = make_run(config)
     batch = random_batch(config, run)
     p = batch.patches
