@@ -5,6 +5,7 @@ page to look at them, index.html, and samples.json, which says how to make each 
 --requests. Flags that may be given several times: the i-th value goes with the i-th prompt, a single one with all.
 """
 
+import contextlib
 import sys
 
 from absl import app, flags
@@ -109,19 +110,32 @@ def asked(step_yx: tuple[int, int]) -> list:
     return read_lines(REQUESTS.value, step_yx)
 
 
-def make_out() -> None:
-    """Makes OUT and tries it, since what takes hours to sample may not be lost. Raises ValueError if it cannot be."""
+@contextlib.contextmanager
+def made_out():
+    """OUT, made and tried, since what takes hours to sample may not be lost; a new one goes if nothing comes of it.
+
+    Raises ValueError if it cannot be written to.
+    """
     from etils import epath
 
+    folder = epath.Path(OUT.value)
+    new = not folder.exists()
     try:
-        epath.Path(OUT.value).mkdir(parents=True, exist_ok=True)
-        trial = epath.Path(OUT.value) / ".trial"
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / ".trial"
         trial.write_bytes(b"")
         trial.unlink()
     except OSError as error:
         raise ValueError(
             f"--out={OUT.value} cannot be written to ({error.strerror or error}): give a folder that can."
         ) from error
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
 
 
 def save_latents(latents, requests):
@@ -162,12 +176,12 @@ def main(argv):
         given = {"steps": STEPS, "guidance": GUIDANCE, "history": HISTORY, "solver": SOLVER}
         asked_for = {k: flag.value for k, flag in given.items() if flag.value is not None}
         settings = generate.settings_of(config, asked_for)
-        make_out()
-        if SAVE.value == "latents":
-            requests = [one.request for one in wanted]
-            print(save_latents(generate.sample_latents(requests, trained, **asked_for), requests))
-            return
-        videos = generate.sample([one.request for one in wanted], trained, **asked_for)
+        requests = [one.request for one in wanted]
+        with made_out():
+            if SAVE.value == "latents":
+                print(save_latents(generate.sample_latents(requests, trained, **asked_for), requests))
+                return
+            videos = generate.sample(requests, trained, **asked_for)
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     how = {k: settings[k] for k in ("steps", "guidance", "guidance_given", "history", "history_given", "solver")}
