@@ -107,10 +107,12 @@ def train(config, workdir, allow_changed=()) -> State:
 
         # The step, compiled once: another shape would be an error, not a recompilation.
         began = time.monotonic()
+        reserved = checkpoints.reserve(state)
         step_fn = trace_step(run, mesh).lower().compile()
         evaluate = jax.jit(run.evaluate)
         whole = jax.jit(run.whole) if config.lora.rank else run.whole
         logging.info("compiled the step in %.1f s", time.monotonic() - began)
+        reserved.result()  # before the state is donated
         compilations = count_compilations()
         peak = matmul_peak(run.model.dtype)
 

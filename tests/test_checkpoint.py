@@ -113,6 +113,23 @@ def test_restores_onto_another_sharding(tmp_path, layout):
     assert isinstance(restored["w"], np.ndarray) if layout is None else restored["w"].sharding == layout
 
 
+def test_memory_for_saves_is_taken_ahead(tmp_path):
+    """As much as one copy of what is on devices takes, by no matter how many of them; by default on GPUs alone."""
+    state = make_state()
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    state.params["dit"]["b"] = jax.device_put(state.params["dit"]["b"], sharding())  # a copy on each device
+    before = digest(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        if jax.default_backend() != "gpu":
+            assert checkpoints.reserve(state).result() == 0
+        taken = checkpoints.reserve(state, "pinned_host").result()
+        assert taken == sum(array.nbytes for array in arrays)
+        there = jax.tree.map(lambda array: array.sharding.with_memory_kind("pinned_host"), arrays)
+        assert checkpoints.reserve(jax.device_put(arrays, there), "pinned_host").result() == 0
+        checkpoints.save(1, state, {}, {}, wait=True)
+        assert digest(checkpoints.restore().state) == digest(state) == before
+
+
 def test_part_alone(tmp_path):
     """The EMA comes out of a checkpoint without a word about the optimizer, onto the host or onto devices."""
     write(tmp_path, 1, 2)
