@@ -25,9 +25,9 @@ def main(_):
     from etils import epath
 
     from dit_video import generate, launch
+    from dit_video.canvas import Request
     from dit_video.data import shapes
     from dit_video.evaluation.following import PARTS, follow
-    from dit_video.tasks import Request
 
     launch.prepare()
     if (WORKDIR.value is None) == (WEIGHTS.value is None):

@@ -18,6 +18,7 @@ from etils import epath
 
 from configs import base
 from dit_video import checkpoint
+from dit_video.canvas import Layout, Request, Task, finish, prompts_of, told
 from dit_video.codecs import make_codec, to_uint8
 from dit_video.flow import patch_noise
 from dit_video.model import empty_cache, make_model
@@ -27,21 +28,15 @@ from dit_video.sampling import sample as integrate
 from dit_video.sharding import batch_sharding
 from dit_video.tasks import (
     TASKS,
-    Layout,
-    Request,
-    Task,
     advance,
-    finish,
     latent_frame,
     loop,
-    prompts_of,
     roll,
     rollout_latents,
     start_causal,
     start_rollout,
     task_of,
     text_to_video,
-    told,
 )
 from dit_video.text import make_text
 from dit_video.weights import lora

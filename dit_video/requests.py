@@ -12,8 +12,9 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from dit_video.canvas import Request
 from dit_video.data.decode import LIMITS, Media, check, decode, probe
-from dit_video.tasks import MOST_PARTS, Request, nearest_factor
+from dit_video.tasks import MOST_PARTS, nearest_factor
 
 # What each task takes beside what is in ALWAYS: the first names are needed, those in brackets may be left.
 FIELDS = {

@@ -3,92 +3,30 @@
 n patches of one request, g its groups, P values per patch, K = M + 1 levels, C channels. T x Y x X: of a video, its
 frames and pixels; of latents, a clip's grid. F frames of a video that is given.
 
-A request becomes a canvas: a clip of a legal length and size, some of whose pixels are given. Patches that are given
-wholly start, and stay, at level 0; the others start from noise (level 1), or, for editing, from their own pixels at a
-level between. Given pixels in a patch that is not wholly given are unknown to the model; they are put back after
-decoding. So through a lossless codec all that is given comes back bit for bit.
+A request becomes a canvas (canvas.py): a clip of a legal length and size, some of whose pixels are given.
 """
 
 import dataclasses
-from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 
-from dit_video.codecs import Pixels, check_frames, to_float
-from dit_video.patches import Grid, Piece, lay_out, name, patchify
+from dit_video.canvas import (
+    Layout,
+    Request,
+    Task,
+    as_patches,
+    check_levels,
+    check_request,
+    check_size,
+    known_patches,
+    legal,
+    place,
+    prompts_of,
+)
+from dit_video.patches import name, patchify
 
 MOST_PARTS = 16  # of a second's frames: frame rates change by fractions p / q with p, q up to this
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One sample asked for. width, height: pixels; frames: 1 = a picture; fps: frames per second; seed: of its noise.
-
-    image_YxXx3: uint8, a picture to animate (the clip's first frame), or None. guidance, history: the scales, or None
-    for the caller's. task: a key of TASKS; '' = 'animate' where there is an image, else 'text'.
-    videos: uint8 FxYxXx3, as the task takes them: two to connect, one or none to loop, else one; at `fps` (to
-    interpolate: at fps / factor). frames is not read where the videos say how long the clip is.
-    new_frames: how many to extend, connect or close a loop by; direction: 'forward' or 'backward'. context: how many
-    frames on either side of the new ones the model may see; None = all (to loop and to roll out: the codec's stride
-    + 1). mask_TxYxX: bool, True = make anew, of the video's frames or of one for all. strength: the level that what
-    is edited starts from. factor: frames out per frame in. timeline: (seconds, prompt), the first at 0. window: frames
-    that a roll-out lays out at once. causal: a roll-out makes one latent frame after the other, by a cache of those
-    before; context and window are not read, as the model's own window says what is seen.
-    """
-
-    prompt: str
-    width: int
-    height: int
-    frames: int = 1
-    fps: float = 8.0
-    seed: int = 0
-    image_YxXx3: np.ndarray | None = None
-    guidance: float | None = None
-    history: float | None = None
-    task: str = ""
-    videos: tuple[np.ndarray, ...] = ()
-    new_frames: int = 8
-    direction: str = "forward"
-    context: int | None = None
-    mask_TxYxX: np.ndarray | None = None
-    strength: float = 0.6
-    factor: float = 2
-    timeline: tuple[tuple[float, str], ...] = ()
-    window: int = 13
-    causal: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How clips become patches: what a config's codec, patch size, tokeniser and groups say."""
-
-    codec: Pixels
-    patch: tuple[int, int, int]
-    tokenise: Callable[[str], np.ndarray]
-    group_by: str = "frame"
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A request laid out, and how its decoded video is finished (see `finish`).
-
-    piece: its noise and what is known; grid: where the patches lie; level_Kxg: the schedule of each group.
-    given_TxYxXx3 (uint8) is put back where known_TxYxX; then `take` says which frames are the answer, and they go
-    between before_FxYxXx3 and after_FxYxXx3, frames of the request that the model need not see.
-    course_nxP: the velocity of values that are given in patches that are not known (see `_course`); nan elsewhere.
-    """
-
-    piece: Piece
-    grid: Grid
-    level_Kxg: np.ndarray
-    given_TxYxXx3: np.ndarray
-    known_TxYxX: np.ndarray
-    take: slice = dataclasses.field(default_factory=lambda: slice(None))
-    before_FxYxXx3: np.ndarray | None = None
-    after_FxYxXx3: np.ndarray | None = None
-    course_nxP: np.ndarray | None = None
-
 
 # The tasks: each takes (request, layout, level_K) and raises ValueError for what cannot be laid out.
 
@@ -96,16 +34,16 @@ class Task:
 def text_to_video(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """All patches come from noise to clean together; one frame means a picture."""
     check_request(request, layout)
-    return _lay(request, layout, level_K, *_canvas(request, request.frames))
+    return as_patches(request, layout, level_K, *place(request, request.frames))
 
 
 def animate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """The first frame is the request's image, at level 0 throughout; the rest comes from noise."""
     check_request(request, layout)
-    _check_levels("animating", layout)
+    check_levels("animating", layout)
     if request.image_YxXx3 is None:
         raise ValueError("animating needs an image: give image_YxXx3.")
-    return _lay(request, layout, level_K, *_canvas(request, request.frames, (0, request.image_YxXx3[None])))
+    return as_patches(request, layout, level_K, *place(request, request.frames, (0, request.image_YxXx3[None])))
 
 
 def extend(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -114,15 +52,15 @@ def extend(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     As many frames are laid out as fill groups of the codec's stride: of the video's far end a few are left out, beyond
     the new ones a few are made and cut. Backward, times start at 0 with the first frame laid out.
     """
-    _check_levels("extending", layout)
+    check_levels("extending", layout)
     (video_FxYxXx3,) = _videos(request, layout, 1)
     _check_new_frames(request)
     st, F, new = layout.codec.stride[0], len(video_FxYxXx3), request.new_frames
     seen = min(F, F if request.context is None else request.context)
     if request.direction == "forward":
         seen = 1 + (seen - 1) // st * st
-        canvas = _canvas(request, _legal(seen + new, st), (0, video_FxYxXx3[F - seen :]))
-        task = _lay(request, layout, level_K, *canvas)
+        canvas = place(request, legal(seen + new, st), (0, video_FxYxXx3[F - seen :]))
+        task = as_patches(request, layout, level_K, *canvas)
         return dataclasses.replace(task, take=slice(0, seen + new), before_FxYxXx3=video_FxYxXx3[: F - seen])
     if request.direction != "backward":
         raise ValueError(f"direction={request.direction!r} is not known. Allowed: 'forward', 'backward'.")
@@ -132,8 +70,8 @@ def extend(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
             f"extending backward needs {st} known frames (the codec's stride) or more; {few}. Nearest: {st}."
         )
     seen = seen // st * st
-    T = _legal(seen + new, st)
-    task = _lay(request, layout, level_K, *_canvas(request, T, (T - seen, video_FxYxXx3[:seen])))
+    T = legal(seen + new, st)
+    task = as_patches(request, layout, level_K, *place(request, T, (T - seen, video_FxYxXx3[:seen])))
     return dataclasses.replace(task, take=slice(T - seen - new, T), after_FxYxXx3=video_FxYxXx3[seen:])
 
 
@@ -142,14 +80,14 @@ def connect(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
 
     Unless the codec's stride divides new_frames, the second's first frames lie in a group that is known in part.
     """
-    _check_levels("connecting", layout)
+    check_levels("connecting", layout)
     before_FxYxXx3, after_FxYxXx3 = _videos(request, layout, 2)
     _check_new_frames(request)
     st, F, new = layout.codec.stride[0], len(before_FxYxXx3), request.new_frames
     most = max(F, len(after_FxYxXx3)) if request.context is None else request.context
     head = 1 + (min(F, most) - 1) // st * st
     start = head + new
-    partly = _legal(start, st) - start  # frames of the second that share a group with new ones
+    partly = legal(start, st) - start  # frames of the second that share a group with new ones
     groups = min(len(after_FxYxXx3) - partly, max(most, st)) // st
     if groups < 1:
         instead = f", or new_frames={-(-new // st) * st} and {st}" * (partly > 0)
@@ -159,7 +97,7 @@ def connect(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
         )
     T = start + partly + groups * st
     parts = (0, before_FxYxXx3[F - head :]), (start, after_FxYxXx3[: T - start])
-    task = _lay(request, layout, level_K, *_canvas(request, T, *parts))
+    task = as_patches(request, layout, level_K, *place(request, T, *parts))
     return dataclasses.replace(
         task, before_FxYxXx3=before_FxYxXx3[: F - head], after_FxYxXx3=after_FxYxXx3[T - start :]
     )
@@ -167,11 +105,11 @@ def connect(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
 
 def loop(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """The video, and new_frames that lead from its end back to its beginning: shown again and again it has no seam."""
-    _check_levels("looping", layout)
+    check_levels("looping", layout)
     (video_FxYxXx3,) = _videos(request, layout, 1)
     st, F = layout.codec.stride[0], len(video_FxYxXx3)
     _check_new_frames(request)
-    least = _legal(1 + request.new_frames, st) - request.new_frames - 1 + st  # those that share a group with new ones
+    least = legal(1 + request.new_frames, st) - request.new_frames - 1 + st  # those that share a group with new ones
     if F < least:
         raise ValueError(
             f"looping by new_frames={request.new_frames} needs a video of {least} frames, in groups of {st} (the "
@@ -193,7 +131,7 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
 
     The video lies in the middle, to the nearest whole patch. Frames beyond a legal length repeat the last, and are cut.
     """
-    _check_levels("painting", layout)
+    check_levels("painting", layout)
     (video_FxYxXx3,) = _videos(request, layout, 1, smaller=True)
     F, height, width, _ = video_FxYxXx3.shape
     if request.mask_TxYxX is None and (height, width) == (request.height, request.width):
@@ -204,12 +142,12 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     y = round((request.height - height) / (2 * sy * py)) * sy * py
     x = round((request.width - width) / (2 * sx * px)) * sx * px
     inside = slice(None), slice(y, y + height), slice(x, x + width)
-    T = _legal(F, layout.codec.stride[0])
-    given_TxYxXx3, known_TxYxX = _canvas(request, T)
+    T = legal(F, layout.codec.stride[0])
+    given_TxYxXx3, known_TxYxX = place(request, T)
     index_T = np.minimum(np.arange(T), F - 1)
     given_TxYxXx3[inside], known_TxYxX[inside] = video_FxYxXx3[index_T], ~_mask(request)[index_T]
     _check_mask(known_TxYxX)
-    return dataclasses.replace(_lay(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
+    return dataclasses.replace(as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
 
 
 def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -221,16 +159,16 @@ def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     if not 0 < request.strength <= 1:
         raise ValueError(f"strength={request.strength} is no level to start from. Choose above 0, and 1 at most.")
     F = len(video_FxYxXx3)
-    T = _legal(F, layout.codec.stride[0])
+    T = legal(F, layout.codec.stride[0])
     index_T = np.minimum(np.arange(T), F - 1)
-    given_TxYxXx3, known_TxYxX = _canvas(request, T)
+    given_TxYxXx3, known_TxYxX = place(request, T)
     given_TxYxXx3[:] = video_FxYxXx3[index_T]
     if request.mask_TxYxX is not None:
-        _check_levels("editing with a mask", layout)
+        check_levels("editing with a mask", layout)
         known_TxYxX[:] = ~_mask(request)[index_T]
         _check_mask(known_TxYxX)
-    start_n = np.full(_known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
-    task = _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
+    start_n = np.full(known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
+    task = as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
     return dataclasses.replace(task, take=slice(0, F))
 
 
@@ -241,7 +179,7 @@ def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     around them (as in `edit`), since the model could not know those frames else; groups without a known frame start
     from noise.
     """
-    _check_levels("interpolating", layout)
+    check_levels("interpolating", layout)
     (video_FxYxXx3,) = _videos(request, layout, 1)
     F = len(video_FxYxXx3)
     factor = nearest_factor(request.factor)
@@ -257,18 +195,18 @@ def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
             "and a strength above 0, 1 at most."
         )
     shown = (F - 1) * p + 1
-    T = _legal(shown, layout.codec.stride[0])
-    given_TxYxXx3, known_TxYxX = _canvas(request, T)
+    T = legal(shown, layout.codec.stride[0])
+    given_TxYxXx3, known_TxYxX = place(request, T)
     at_T = np.minimum(np.arange(T) / p, F - 1)
     low_T = np.minimum(at_T.astype(int), F - 2)
     share_Tx1x1x1 = (at_T - low_T)[:, None, None, None]
     blend_TxYxXx3 = (1 - share_Tx1x1x1) * video_FxYxXx3[low_T] + share_Tx1x1x1 * video_FxYxXx3[low_T + 1]
     given_TxYxXx3[:] = np.round(blend_TxYxXx3)
     known_TxYxX[:shown:p] = True
-    some_n = _known_patches(known_TxYxX, layout, np.any)
+    some_n = known_patches(known_TxYxX, layout, np.any)
     start_n = np.where(some_n, request.strength, 1).astype(np.float32)
     fine = dataclasses.replace(request, fps=request.fps * q)
-    task = _lay(fine, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
+    task = as_patches(fine, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
     return dataclasses.replace(task, take=slice(0, shown, q))
 
 
@@ -285,7 +223,7 @@ def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     if not len(time_j) or time_j[0] != 0 or (np.diff(time_j) <= 0).any():
         raise ValueError(f"the timeline's times are {time_j.tolist()} s: they must start at 0 and ascend.")
     first = dataclasses.replace(request, prompt=prompts[0])
-    task = _lay(first, layout, level_K, *_canvas(request, request.frames))
+    task = as_patches(first, layout, level_K, *place(request, request.frames))
     prompt_n = np.searchsorted(time_j, task.piece.pos_nx3[:, 0] + 1e-4, side="right") - 1
     unseen = sorted(set(range(len(time_j))) - set(prompt_n))
     if unseen:
@@ -294,7 +232,7 @@ def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
         at_j = np.maximum.accumulate(np.searchsorted(times, time_j - 1e-4) - j) + j
         at_j = np.minimum(at_j, len(times) - len(j) + j)
         st = layout.codec.stride[0]
-        more = f"frames={max(1 + (len(j) - 1) * st, _legal(1 + int(np.ceil(time_j[-1] * request.fps)), st))}"
+        more = f"frames={max(1 + (len(j) - 1) * st, legal(1 + int(np.ceil(time_j[-1] * request.fps)), st))}"
         nearest = ", ".join(f"{t:g}" for t in times[at_j]) + " s, or more frames" if at_j[0] == 0 else more
         raise ValueError(
             f"the timeline's prompt at {time_j[unseen[0]]:g} s is seen by nothing: frames={request.frames} at "
@@ -332,45 +270,6 @@ def task_of(request: Request) -> str:
     return task
 
 
-def told(task: Task, layout: Layout, context: int | None = None) -> str:
-    """How much of what is given the model knows, in words; '' where it knows all of it, or of the context asked for.
-
-    Counted apart: whole frames that share a group of the codec's stride with frames that are not given, and pixels of
-    other patches that are given in part (masks are dilated to whole patches).
-    """
-    (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
-    known_n = task.level_Kxg[0][task.piece.group_n] == 0
-    seen_TxYxX = known_n.reshape(task.grid.shape).repeat(st * pt, 0)[st - 1 :].repeat(sy * py, 1).repeat(sx * px, 2)
-    # What is cut may be frames that repeat the last; but of a loop it is the video itself.
-    seen_T = seen_TxYxX.all((1, 2))
-    ends = [int(n) for n in (seen_T.argmin(), seen_T[::-1].argmin()) if n]
-    words = []
-    if context is not None and ends != [context] * len(ends):
-        words += [f"of context={context} frames the model sees {' and '.join(map(str, ends))}, in whole groups of {st}"]
-    unseen_TxYxX = (task.known_TxYxX & ~seen_TxYxX)[task.take if task.before_FxYxXx3 is None else slice(None)]
-    whole_T = unseen_TxYxX.all((1, 2))
-    frames, pixels = int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum())
-    if frames + pixels:
-        words += [
-            f"the model knows {known_n.sum()} of {known_n.size} patches; not among them, and put back after decoding: "
-            f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
-            f"{sx * px}x{sy * py} that the mask touches"
-        ]
-    return "; ".join(words)
-
-
-def prompts_of(request: Request) -> list[str]:
-    """All that a request asks to show."""
-    return [text for _, text in request.timeline] or [request.prompt]
-
-
-def finish(task: Task, video_TxYxXx3: np.ndarray) -> np.ndarray:
-    """The answer, uint8, from the decoded clip: what is given put back, surplus frames cut, the rest joined on."""
-    video_TxYxXx3 = np.where(task.known_TxYxX[..., None], task.given_TxYxXx3, video_TxYxXx3)[task.take]
-    ends = [end for end in (task.before_FxYxXx3, video_TxYxXx3, task.after_FxYxXx3) if end is not None]
-    return np.concatenate(ends)
-
-
 # A roll-out: a window of latent frames that moves along a long video.
 
 
@@ -392,18 +291,18 @@ def start_rollout(request: Request, layout: Layout) -> tuple[Task, Window]:
     _check_rollout(request, layout)
     _check_new_frames(request)
     st, context = layout.codec.stride[0], _context(request, layout)
-    if context != _legal(context, st):
-        above = _legal(context, st)
+    if context != legal(context, st):
+        above = legal(context, st)
         raise ValueError(
             f"context={context} must be 1 + {st}k frames (the codec's stride). Nearest: {above - st} or {above}."
         )
-    if request.window != _legal(request.window, st) or rollout_latents(request, layout)[1] < 1:
-        nearest = max(_legal(request.window, st), context + st)
+    if request.window != legal(request.window, st) or rollout_latents(request, layout)[1] < 1:
+        nearest = max(legal(request.window, st), context + st)
         raise ValueError(
             f"window={request.window} must be 1 + {st}k frames (the codec's stride), more than context={context}. "
             f"Nearest: {nearest}."
         )
-    task = _lay(request, layout, np.ones(1, np.float32), *_canvas(request, request.window))
+    task = as_patches(request, layout, np.ones(1, np.float32), *place(request, request.window))
     T = rollout_latents(request, layout)[0]
     return task, Window(0, 0, np.stack([_latent_noise(request, layout, t) for t in range(T)]))
 
@@ -453,7 +352,7 @@ def advance(request: Request, layout: Layout, window: Window, latents_TxYxXxC: n
 def start_causal(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """The layout of a causal roll-out's latent frames, one of which is made at a time: that of the first."""
     _check_rollout(request, layout)
-    task = _lay(request, layout, level_K, *_canvas(request, 1))
+    task = as_patches(request, layout, level_K, *place(request, 1))
     step = layout.codec.stride[0] / request.fps  # that of the whole video: no frame of it is a picture
     return dataclasses.replace(task, piece=dataclasses.replace(task.piece, canvas=(step, *task.piece.canvas[1:])))
 
@@ -475,8 +374,8 @@ def latent_frame(request: Request, layout: Layout, task: Task, t: int) -> Task:
 
 
 def _check_rollout(request, layout):
-    _check_size(request, layout)
-    _check_levels("a roll-out", layout)
+    check_size(request, layout)
+    check_levels("a roll-out", layout)
     if request.frames < 1:
         raise ValueError(f"frames={request.frames}: a roll-out makes 1 frame at least.")
 
@@ -494,47 +393,6 @@ def _context(request, layout):
 # What requests are held against.
 
 
-def check_request(request: Request, layout: Layout) -> None:
-    """Raises ValueError for what cannot be laid out, naming the value and the nearest legal one."""
-    st = layout.codec.stride[0]
-    check_frames(request.frames, st)
-    latents, pt = 1 + (request.frames - 1) // st, layout.patch[0]
-    if latents % pt:
-        nearest = " or ".join(str(1 + (n * pt - 1) * st) for n in (latents // pt, latents // pt + 1) if n)
-        raise ValueError(f"frames={request.frames} cannot be cut into patches of {pt} latents. Nearest: {nearest}.")
-    _check_size(request, layout)
-    image = request.image_YxXx3
-    if image is not None and (image.dtype != np.uint8 or image.shape[2:] != (3,)):
-        raise ValueError(f"the image is {image.dtype} {image.shape}; give uint8, height x width x 3 (RGB).")
-    if image is not None and image.shape[:2] != (request.height, request.width):
-        raise ValueError(
-            f"the image is {image.shape[1]}x{image.shape[0]} and the clip {request.width}x{request.height} "
-            "(WIDTHxHEIGHT): give the clip the image's size, or resize the image."
-        )
-
-
-def _check_size(request, layout):
-    _, sy, sx = layout.codec.stride
-    for side, length, step in (
-        ("height", request.height, sy * layout.patch[1]),
-        ("width", request.width, sx * layout.patch[2]),
-    ):
-        if length <= 0 or length % step:
-            below = length // step * step
-            nearest = f"{below} or {below + step}" if below > 0 else f"{step}"
-            raise ValueError(f"{side}={length} cannot be cut into patches of {step} pixels. Nearest: {nearest}.")
-    if not (np.isfinite(request.fps) and request.fps > 0):
-        raise ValueError(f"fps={request.fps} is not a frame rate. Give frames per second above 0.")
-
-
-def _check_levels(what, layout):
-    if layout.group_by != "frame" or layout.patch[0] != 1:
-        raise ValueError(
-            f"{what} needs a level for each latent frame: data.group_by='frame' and model.patch=(1, y, x); "
-            f"they are {layout.group_by!r} and {layout.patch}."
-        )
-
-
 def _check_new_frames(request):
     for what, value in (("new_frames", request.new_frames), ("context", request.context)):
         if value is not None and value < 1:
@@ -543,7 +401,7 @@ def _check_new_frames(request):
 
 def _videos(request, layout, count, smaller=False):
     """The request's videos. Raises ValueError unless they are `count` of its size (or, if `smaller`, within it)."""
-    _check_size(request, layout)
+    check_size(request, layout)
     if len(request.videos) != count:
         raise ValueError(f"task={task_of(request)!r} takes {count} videos; {len(request.videos)} are given.")
     for video in request.videos:
@@ -578,91 +436,6 @@ def _mask(request):
     if len(mask_TxYxX) not in (1, F):
         raise ValueError(f"the mask has {len(mask_TxYxX)} frames and the video {F}: give {F}, or 1 for all.")
     return np.broadcast_to(mask_TxYxX, (F, height, width))
-
-
-# From canvases to patches.
-
-
-def _legal(frames: int, stride: int) -> int:
-    """The next length that the codec takes."""
-    return 1 + -(-(frames - 1) // stride) * stride
-
-
-def _canvas(request, frames, *parts):
-    """given_TxYxXx3 (uint8) and known_TxYxX of a clip that holds each (first frame, video_FxYxXx3) of `parts`.
-
-    Frames between and beyond them repeat the nearest: that is the context in which a learned codec encodes the given.
-    """
-    given_TxYxXx3 = np.zeros((frames, request.height, request.width, 3), np.uint8)
-    known_TxYxX = np.zeros(given_TxYxXx3.shape[:3], bool)
-    for first, video_FxYxXx3 in parts:
-        at = slice(first, first + len(video_FxYxXx3))
-        given_TxYxXx3[at], known_TxYxX[at] = video_FxYxXx3, True
-    if parts:
-        given_F = np.flatnonzero(known_TxYxX[:, 0, 0])
-        given_TxYxXx3 = given_TxYxXx3[given_F[np.abs(np.arange(frames)[:, None] - given_F).argmin(1)]]
-    return given_TxYxXx3, known_TxYxX
-
-
-def _known_patches(known_TxYxX, layout, reduce=np.all):
-    """Of each patch in raster order, whether all of its pixels are known (or any: `reduce`)."""
-    (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
-    # The first latent frame holds the first frame alone.
-    known_TxYxX = np.concatenate([np.repeat(known_TxYxX[:1], st - 1, 0), known_TxYxX])
-    T, Y, X = known_TxYxX.shape
-    cells = known_TxYxX.reshape(T // (st * pt), st * pt, Y // (sy * py), sy * py, X // (sx * px), sx * px)
-    return reduce(cells, axis=(1, 3, 5)).ravel()
-
-
-def _lay(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n=None) -> Task:
-    """A canvas as patches; start_n: the level that each patch starts from where it is not known, by default 1.
-
-    A group's schedule is level_K times what it starts from: known patches start at 0 and stay there.
-    """
-    (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
-    known_n = _known_patches(known_TxYxX, layout)
-    if known_TxYxX.any() and not known_n.any():
-        raise ValueError(
-            f"the model would see nothing of what is given: no patch of {st * pt} frames of {sx * px}x{sy * py} pixels "
-            "is given wholly. Give more frames, or a smaller mask."
-        )
-    start_n = np.where(known_n, 0, np.float32(1) if start_n is None else start_n).astype(np.float32)
-    if (start_n == 1).all() and not known_TxYxX.any():
-        T, Y, X = known_TxYxX.shape
-        latents_TxYxXxC = np.zeros((1 + (T - 1) // st, Y // sy, X // sx, layout.codec.channels), np.float32)
-    else:
-        latents_TxYxXxC = layout.codec.encode(to_float(given_TxYxXx3))
-    time_T = np.arange(len(latents_TxYxXxC)) * st / request.fps
-    ids_sxK = layout.tokenise(request.prompt)
-    piece, grid = lay_out(
-        latents_TxYxXxC, time_T, layout.patch, (sy, sx), ids_sxK, request.seed & 0xFFFFFFFF, layout.group_by
-    )
-    # A group holds the patches of a frame (or of the clip) that start from one level.
-    of_g, group_n = np.unique(np.stack([piece.group_n, start_n], 1), axis=0, return_inverse=True)
-    noise_nxP = np.random.default_rng(request.seed).standard_normal(piece.x_nxP.shape, np.float32)
-    start_nx1 = start_n[:, None]
-    x_nxP = (1 - start_nx1) * piece.x_nxP + start_nx1 * noise_nxP
-    course_nxP = _course(layout, known_TxYxX, known_n, noise_nxP - piece.x_nxP)
-    return Task(
-        piece=dataclasses.replace(piece, x_nxP=x_nxP, group_n=group_n.reshape(-1).astype(np.int32)),
-        grid=grid,
-        level_Kxg=level_K[:, None] * of_g[:, 1].astype(np.float32),
-        given_TxYxXx3=given_TxYxXx3,
-        known_TxYxX=known_TxYxX,
-        course_nxP=course_nxP,
-    )
-
-
-def _course(layout, known_TxYxX, known_n, velocity_nxP):
-    """Of patches that are given in part, the velocity e - x of the values given, which leads them down their own noise
-    to what they are, so that the rest of the patch is made beside them; nan elsewhere. None where there are none, and
-    for learned codecs, whose latents no pixel has to itself.
-    """
-    if not isinstance(layout.codec, Pixels) or not (_known_patches(known_TxYxX, layout, np.any) & ~known_n).any():
-        return None
-    given_TxYxXx3 = np.repeat(known_TxYxX[..., None], 3, -1).astype(np.float32)
-    given_nxP, _ = patchify(layout.codec.encode(given_TxYxXx3), layout.patch)
-    return np.where((given_nxP > 0) & ~known_n[:, None], velocity_nxP, np.float32(np.nan)).astype(np.float32)
 
 
 def _check_mask(known_TxYxX):

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_video import generate, launch, watchdog
 from dit_video.allowed import check_config
+from dit_video.canvas import Layout, Request, check_request
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
 from dit_video.data.loader import make_loader, make_source
@@ -34,7 +35,6 @@ from dit_video.metrics import MetricsWriter, Progress, read_metrics
 from dit_video.patches import Batch
 from dit_video.sharding import batch_shardings, global_batch, left_whole, make_mesh, row_share, state_shardings
 from dit_video.step import Run, State, abstract_batch, make_run
-from dit_video.tasks import Layout, Request, check_request
 from dit_video.weights import lora
 from dit_video.weights.files import Stored
 from dit_video.weights.native import read_weights

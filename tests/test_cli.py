@@ -21,12 +21,13 @@ from test_trainer import tiny
 import dit_video
 from configs import base
 from dit_video import generate, requests
+from dit_video.canvas import Layout
 from dit_video.codecs import make_codec
 from dit_video.data.decode import check, decode
 from dit_video.gallery import write_gif, write_mp4, write_png
 from dit_video.sampling import uniform_levels
 from dit_video.step import make_run
-from dit_video.tasks import TASKS, Layout, start_rollout
+from dit_video.tasks import TASKS, start_rollout
 from dit_video.text import make_text
 from dit_video.trainer import parse_prompt
 

@@ -11,7 +11,7 @@ PACKAGE = "dit_video"
 LAYERS = (
     {"patches", "attention", "sharding", "checkpoint", "gallery", "launch", "allowed", "watchdog", "chips", "program"},
     {"arguments", "flow", "codecs", "text", "metrics", "sequence"},
-    {"sampling"},
+    {"sampling", "canvas"},
     {"model", "tasks", "data"},
     {"weights", "evaluation"},
     {"generate", "step", "requests"},

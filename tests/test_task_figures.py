@@ -51,9 +51,10 @@ def test_a_true_clip_reaches_every_goal(name):
 def test_requests_are_laid_out_and_answers_have_their_shape(name):
     """The truth has what the request gives where it gives it: put through the task's own layout, it comes back."""
     from configs import base
+    from dit_video.canvas import Layout, finish
     from dit_video.codecs import make_codec
     from dit_video.sampling import uniform_levels
-    from dit_video.tasks import TASKS, Layout, finish
+    from dit_video.tasks import TASKS
     from dit_video.text import make_text
 
     config = base.get_config()

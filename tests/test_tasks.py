@@ -12,12 +12,13 @@ import pytest
 
 from configs import base
 from dit_video import generate
+from dit_video.canvas import Layout, Request, check_request, finish, told
 from dit_video.codecs import Pixels, make_codec, to_float
 from dit_video.model import make_model
 from dit_video.patches import Cond, lay_out, pack, unpatchify
 from dit_video.sampling import sample, uniform_levels
 from dit_video.sharding import make_mesh
-from dit_video.tasks import TASKS, Layout, Request, animate, check_request, finish, start_rollout, text_to_video, told
+from dit_video.tasks import TASKS, animate, start_rollout, text_to_video
 from dit_video.text import make_text
 
 LEVEL_K = uniform_levels(3)

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from configs import base
 from dit_video import generate
+from dit_video.canvas import Request
 from dit_video.step import abstract_batch, make_run
-from dit_video.tasks import Request
 from dit_video.text import embeddings, frozen, make_text
 from dit_video.text.clip import CLIPText
 from dit_video.text.t5 import T5Encoder, relative_buckets

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dit_video.canvas import Request
 from dit_video.data import shapes
 from dit_video.evaluation.scorer import score
-from dit_video.tasks import Request
 
 KNOWN = 5  # frames given to extend, and on the near side of what is connected
 FRAMES = 13  # of the longest clip trained on

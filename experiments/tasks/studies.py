@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from dit_video.canvas import Request
 from dit_video.data import shapes
 from dit_video.evaluation.following import followed
 from dit_video.evaluation.scorer import score
-from dit_video.tasks import Request
 from experiments.tasks import figures
 from experiments.tasks.figures import FRAMES
 
