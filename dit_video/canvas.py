@@ -9,12 +9,15 @@ put back after decoding. So through a lossless codec all that is given comes bac
 """
 
 import dataclasses
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dit_video.codecs import Pixels, check_frames, to_float
 from dit_video.patches import Grid, Piece, lay_out, patchify
+
+SLOWEST = 0.01  # frames per second that players and the files' formats bear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +29,12 @@ class Request:
     videos: uint8 FxYxXx3, as the task takes them: two to connect, one or none to loop, else one; at `fps` (to
     interpolate: at fps / factor). frames is not read where the videos say how long the clip is.
     new_frames: how many to extend, connect or close a loop by; direction: 'forward' or 'backward'. context: how many
-    frames on either side of the new ones the model may see; None = all (to loop and to roll out: the codec's stride
-    + 1). mask_TxYxX: bool, True = make anew, of the video's frames or of one for all. strength: the level that what
-    is edited starts from. factor: frames out per frame in. timeline: (seconds, prompt), the first at 0. window: frames
-    that a roll-out lays out at once. causal: a roll-out makes one latent frame after the other, by a cache of those
-    before; context and window are not read, as the model's own window says what is seen.
+    frames on either side of the new ones the model may see; None = all that fit in the window (to loop and to roll
+    out: the codec's stride + 1). mask_TxYxX: bool, True = make anew, of the video's frames or of one for all.
+    strength: the level that what is edited starts from. factor: frames out per frame in. timeline: (seconds, prompt),
+    the first at 0. window: frames laid out at once, of a roll-out and of a longer video (parts.py); None = those of the
+    longest clip trained on. causal: a roll-out makes one latent frame after the other, by a cache of those before;
+    context and window are not read, as the model's own window says what is seen.
     """
 
     prompt: str
@@ -51,18 +55,22 @@ class Request:
     strength: float = 0.6
     factor: float = 2
     timeline: tuple[tuple[float, str], ...] = ()
-    window: int = 13
+    window: int | None = None
     causal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How clips become patches: what a config's codec, patch size, tokeniser and groups say."""
+    """How clips become patches: what a config's codec, patch size, tokeniser and groups say.
+
+    longest: frames of the longest clip that the model was trained on.
+    """
 
     codec: Pixels
     patch: tuple[int, int, int]
     tokenise: Callable[[str], np.ndarray]
     group_by: str = "frame"
+    longest: int = 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,17 +117,19 @@ def check_request(request: Request, layout: Layout) -> None:
 
 
 def check_size(request, layout):
-    _, sy, sx = layout.codec.stride
-    for side, length, step in (
-        ("height", request.height, sy * layout.patch[1]),
-        ("width", request.width, sx * layout.patch[2]),
-    ):
+    (_, sy, sx), (_, py, px) = layout.codec.stride, layout.patch
+    check_sides(request.width, request.height, (sy * py, sx * px))
+    if not (np.isfinite(request.fps) and SLOWEST <= request.fps):
+        raise ValueError(f"fps={request.fps} is not a frame rate. Give frames per second, {SLOWEST} or more.")
+
+
+def check_sides(width: int, height: int, step_yx: tuple[int, int]) -> None:
+    """Raises ValueError for sides, in pixels, that are not whole patches of step_yx pixels."""
+    for side, length, step in (("height", height, step_yx[0]), ("width", width, step_yx[1])):
         if length <= 0 or length % step:
             below = length // step * step
             nearest = f"{below} or {below + step}" if below > 0 else f"{step}"
             raise ValueError(f"{side}={length} cannot be cut into patches of {step} pixels. Nearest: {nearest}.")
-    if not (np.isfinite(request.fps) and request.fps > 0):
-        raise ValueError(f"fps={request.fps} is not a frame rate. Give frames per second above 0.")
 
 
 def check_levels(what, layout):
@@ -136,6 +146,24 @@ def check_levels(what, layout):
 def legal(frames: int, stride: int) -> int:
     """The next length that the codec takes."""
     return 1 + -(-(frames - 1) // stride) * stride
+
+
+def window_of(request: Request, layout: Layout) -> int:
+    """How many frames are laid out at once: a length that the codec takes, with room for new frames between known ones.
+
+    Raises ValueError for another.
+    """
+    st = layout.codec.stride[0]
+    least = 1 + 2 * st
+    if request.window is None:
+        return max(1 + (layout.longest - 1) // st * st, least)
+    if request.window < least or request.window != legal(request.window, st):
+        nearest = max(legal(request.window, st), least)
+        raise ValueError(
+            f"window={request.window} must be 1 + {st}k frames (the codec's stride), {least} or more. "
+            f"Nearest: {nearest}."
+        )
+    return request.window
 
 
 def place(request, frames, *parts):
@@ -171,7 +199,10 @@ def as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n=Non
     """
     (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
     known_n = known_patches(known_TxYxX, layout)
-    if known_TxYxX.any() and not known_n.any():
+    led = isinstance(
+        layout.codec, Pixels
+    )  # then the model sees pixels of patches that are given in part: see `_course`
+    if known_TxYxX.any() and not (known_n.any() or led or start_n is not None):
         raise ValueError(
             f"the model would see nothing of what is given: no patch of {st * pt} frames of {sx * px}x{sy * py} pixels "
             "is given wholly. Give more frames, or a smaller mask."
@@ -225,27 +256,42 @@ def finish(task: Task, video_TxYxXx3: np.ndarray) -> np.ndarray:
     return np.concatenate(ends)
 
 
-def told(task: Task, layout: Layout, context: int | None = None) -> str:
-    """How much of what is given the model knows, in words; '' where it knows all of it, or of the context asked for.
+class Seen(typing.NamedTuple):
+    """How much of what is given the model knows, of one task or of several.
 
-    Counted apart: whole frames that share a group of the codec's stride with frames that are not given, and pixels of
-    other patches that are given in part (masks are dilated to whole patches).
+    known: patches, of all `patches`. Given, but not known: whole `frames` that share a group of the codec's stride with
+    frames that are not given, and, apart from them, `pixels` of other patches that are given in part (masks are dilated
+    to whole patches). ends: frames seen at the beginning and at the end, where there are any.
     """
+
+    known: int
+    patches: int
+    frames: int
+    pixels: int
+    ends: tuple[int, ...]
+
+
+def seen(task: Task, layout: Layout) -> Seen:
     (st, sy, sx), (pt, py, px) = layout.codec.stride, layout.patch
     known_n = task.level_Kxg[0][task.piece.group_n] == 0
     seen_TxYxX = known_n.reshape(task.grid.shape).repeat(st * pt, 0)[st - 1 :].repeat(sy * py, 1).repeat(sx * px, 2)
     # What is cut may be frames that repeat the last; but of a loop it is the video itself.
-    seen_T = seen_TxYxX.all((1, 2))
-    ends = [int(n) for n in (seen_T.argmin(), seen_T[::-1].argmin()) if n]
-    words = []
-    if context is not None and ends != [context] * len(ends):
-        words += [f"of context={context} frames the model sees {' and '.join(map(str, ends))}, in whole groups of {st}"]
     unseen_TxYxX = (task.known_TxYxX & ~seen_TxYxX)[task.take if task.before_FxYxXx3 is None else slice(None)]
-    whole_T = unseen_TxYxX.all((1, 2))
-    frames, pixels = int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum())
+    whole_T, seen_T = unseen_TxYxX.all((1, 2)), seen_TxYxX.all((1, 2))
+    ends = tuple(int(n) for n in (seen_T.argmin(), seen_T[::-1].argmin()) if n)
+    return Seen(int(known_n.sum()), known_n.size, int(whole_T.sum()), int(unseen_TxYxX[~whole_T].sum()), ends)
+
+
+def told(parts: Sequence[Seen], layout: Layout, context: int | None = None) -> str:
+    """What was seen of a request's parts in words; '' where it is all, or, of one part, the context asked for."""
+    (st, sy, sx), (_, py, px) = layout.codec.stride, layout.patch
+    known, patches, frames, pixels = (sum(part[i] for part in parts) for i in range(4))
+    ends, words = parts[-1].ends, []
+    if context is not None and ends != (context,) * len(ends):
+        words += [f"of context={context} frames the model sees {' and '.join(map(str, ends))}, in whole groups of {st}"]
     if frames + pixels:
         words += [
-            f"the model knows {known_n.sum()} of {known_n.size} patches; not among them, and put back after decoding: "
+            f"the model knows {known} of {patches} patches; not among them, and put back after decoding: "
             f"{frames} given frames in groups of {st} that are given in part, {pixels} given pixels in patches of "
             f"{sx * px}x{sy * py} that the mask touches"
         ]

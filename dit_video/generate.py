@@ -3,6 +3,7 @@
 B rows, N patches per row, G groups per row, K = M + 1 levels, T x Y x X a clip's grid.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,10 +19,11 @@ from etils import epath
 
 from configs import base
 from dit_video import checkpoint
-from dit_video.canvas import Layout, Request, Task, finish, prompts_of, told
+from dit_video.canvas import Layout, Request, Task, finish, prompts_of, seen, told
 from dit_video.codecs import make_codec, to_uint8
 from dit_video.flow import patch_noise
 from dit_video.model import empty_cache, make_model
+from dit_video.parts import Parts, in_parts
 from dit_video.patches import Cond, choose, pack, unpack
 from dit_video.sampling import guided, led, recalled, uniform_levels
 from dit_video.sampling import sample as integrate
@@ -30,7 +32,6 @@ from dit_video.tasks import (
     TASKS,
     advance,
     latent_frame,
-    loop,
     roll,
     rollout_latents,
     start_causal,
@@ -155,48 +156,91 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
             "(codec.kind='latents'): write the latents (--save=latents, sample_latents)."
         )
     how, layout, level_K = _prepare(requests, trained, settings)
-    scale = {i: scales_of(request, how) for i, request in enumerate(requests)}
 
-    def solve(tasks: dict[int, Task]) -> dict[int, np.ndarray]:
-        if not tasks:
-            return {}
-        latents, _ = _pack_and_solve([*tasks.values()], [scale[i] for i in tasks], trained, how, mesh)
-        return dict(zip(tasks, latents))
-
-    kinds = [task_of(request) for request in requests]
-    unmade = [i for i, kind in enumerate(kinds) if kind == "loop" and not requests[i].videos]
-    tasks, rolled, causal = {}, {}, {}
+    rolled, causal, clips = {}, {}, []
     for i, request in enumerate(requests):
-        if kinds[i] == "rollout" and request.causal:
-            _check_causal(trained.config, scale[i][1])
-            causal[i] = start_causal(request, layout, level_K)
-        elif kinds[i] == "rollout":
-            rolled[i] = start_rollout(request, layout)
-        elif i in unmade:
-            tasks[i] = text_to_video(request, layout, level_K)
-            # What closes it is laid out now for its errors, and for what there is to tell.
-            closing = loop(dataclasses.replace(request, videos=(tasks[i].given_TxYxXx3,)), layout, level_K)
-        else:
-            tasks[i] = TASKS[kinds[i]](request, layout, level_K)
-        if i in tasks and (words := told(closing if i in unmade else tasks[i], layout, request.context)):
-            logging.warning("request %d, %s: %s.", i, kinds[i], words)
-
-    _warn_of_large(requests, tasks, trained.config.data.max_tokens)
+        with _naming(i):
+            if task_of(request) != "rollout":
+                clips.append(i)
+                _rehearse(i, request, layout, level_K, trained.config.data.max_tokens)
+            elif request.causal:
+                _check_causal(trained.config, scales_of(request, how)[1])
+                causal[i] = start_causal(request, layout, level_K)
+            else:
+                rolled[i] = start_rollout(request, layout)
 
     trained = _placed(trained, mesh)
-    done = lambda tasks: {
-        i: finish(tasks[i], to_uint8(layout.codec.decode(latents_TxYxXxC)))
-        for i, latents_TxYxXxC in solve(tasks).items()
-    }
-    videos = done(tasks)
-    made = {i: dataclasses.replace(requests[i], videos=(videos[i],)) for i in unmade}
-    scale |= {i: scales_of(request, how) for i, request in made.items()}
-    videos |= done({i: loop(request, layout, level_K) for i, request in made.items()})
-    videos |= _roll_out({i: requests[i] for i in rolled}, rolled, layout, level_K, how.steps, solve)
+
+    def solve(tasks: dict, asked: dict) -> dict:
+        scales = [scales_of(asked[key], how) for key in tasks]
+        latents, _ = _pack_and_solve([*tasks.values()], scales, trained, how, mesh)
+        return dict(zip(tasks, latents))
+
+    def make(parts: dict) -> dict:
+        tasks = {key: TASKS[task_of(part)](part, layout, level_K) for key, part in parts.items()}
+        return {key: finish(tasks[key], to_uint8(layout.codec.decode(x))) for key, x in solve(tasks, parts).items()}
+
+    videos = _make_parts({i: in_parts(requests[i], layout) for i in clips}, make)
+    if rolled:
+        own = {i: requests[i] for i in rolled}
+        videos |= _roll_out(own, rolled, layout, level_K, how.steps, functools.partial(solve, asked=own))
     if causal:
-        own = [requests[i] for i in causal], [*causal.values()], layout, [scale[i] for i in causal]
+        scales = [scales_of(requests[i], how) for i in causal]
+        own = [requests[i] for i in causal], [*causal.values()], layout, scales
         videos |= dict(zip(causal, _roll_out_causally(*own, trained, how, mesh)))
     return [videos[i] for i in range(len(requests))]
+
+
+class RequestError(ValueError):
+    """A request cannot be laid out; `index` says which of those asked for."""
+
+    def __init__(self, text: str, index: int):
+        super().__init__(text)
+        self.index = index
+
+
+@contextlib.contextmanager
+def _naming(index: int):
+    """Says of a ValueError which request it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError(str(error), index) from error
+
+
+def _rehearse(index: int, request: Request, layout: Layout, level_K, trained_on: int) -> None:
+    """Lays out all of a request's parts, each after what was given instead of what will be made, for their errors, and
+    logs what there is to tell.
+    """
+    parts, counts, largest, answers = in_parts(request, layout), [], None, None
+    with contextlib.suppress(StopIteration):
+        while True:
+            asked, answers = parts.send(answers), []
+            for part in asked:
+                task = TASKS[task_of(part)](part, layout, level_K)
+                counts.append(seen(task, layout))
+                largest = task if largest is None or task.grid.size > largest.grid.size else largest
+                answers.append(finish(task, task.given_TxYxXx3))
+    words = [f"made in {len(counts)} parts"] if len(counts) > 1 and request.videos else []
+    words += [said] if (said := told(counts, layout, request.context)) else []
+    if words:
+        logging.warning("request %d, %s: %s.", index, task_of(request), "; ".join(words))
+    _warn_of_large(index, request, largest, layout, trained_on)
+
+
+def _make_parts(parts: dict[int, Parts], make) -> dict[int, np.ndarray]:
+    """The answers: asks `make` for the next parts of all requests together, until none has more."""
+    videos, sent = {}, dict.fromkeys(parts)
+    while len(videos) < len(parts):
+        asked = {}
+        for i in parts.keys() - videos.keys():
+            try:
+                asked[i] = parts[i].send(sent[i])
+            except StopIteration as stop:
+                videos[i] = stop.value
+        made = make({(i, j): part for i in sorted(asked) for j, part in enumerate(asked[i])}) if asked else {}
+        sent = {i: [made[i, j] for j in range(len(some))] for i, some in asked.items()}
+    return videos
 
 
 def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) -> list[np.ndarray]:
@@ -205,7 +249,10 @@ def sample_latents(requests: Sequence[Request], trained, mesh=None, **settings) 
     how, layout, level_K = _prepare(requests, trained, settings)
     if others := sorted({task_of(request) for request in requests} - {"text"}):
         raise ValueError(f"latents are left undecoded for tasks of text alone, and these are {others}.")
-    tasks = [text_to_video(request, layout, level_K) for request in requests]
+    tasks = []
+    for i, request in enumerate(requests):
+        with _naming(i):
+            tasks.append(text_to_video(request, layout, level_K))
     scales = [scales_of(request, how) for request in requests]
     return _pack_and_solve(tasks, scales, _placed(trained, mesh), how, mesh)[0] if tasks else []
 
@@ -233,6 +280,15 @@ def scales_of(request: Request, how) -> tuple[float, float]:
     return scale("guidance", request.guidance), scale("history", request.history)
 
 
+def scales_again(request: Request, how) -> dict[str, float]:
+    """The scales that make a request again whatever the settings; none that differs between its parts."""
+    names, parts = ("guidance", "history"), [request]
+    if task_of(request) == "loop" and not request.videos:
+        parts.append(dataclasses.replace(request, videos=(np.zeros((1, request.height, request.width, 3), np.uint8),)))
+    used = [scales_of(part, how) for part in parts]
+    return {name: some[0] for name, some in zip(names, zip(*used)) if len(set(some)) == 1}
+
+
 def _placed(trained: Trained, mesh) -> Trained:
     """The weights on every device, once: a roll-out asks for them again and again. Those cut along the mesh stay so."""
     everywhere = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -250,25 +306,30 @@ def _prepare(requests: Sequence[Request], trained: Trained, settings: dict):
     if config.text.kind == "frozen" and config.text.encoder:
         complete(config.text, [text for request in requests for text in prompts_of(request)])
     text = make_text(config.text)
-    layout = Layout(make_codec(config.codec), tuple(config.model.patch), text.tokenise, config.data.group_by)
+    data, patch = config.data, tuple(config.model.patch)
+    layout = Layout(make_codec(config.codec), patch, text.tokenise, data.group_by, data.max_frames)
     return how, layout, uniform_levels(how.steps, how.shift)
 
 
-def _warn_of_large(requests: Sequence[Request], tasks: dict[int, Task], trained_on: int) -> None:
-    """Says so where a request has many more patches than any clip that was trained on, and what would be as large."""
-    large = max(tasks, key=lambda i: tasks[i].grid.size, default=None)
-    if large is None or tasks[large].grid.size <= FAR * trained_on:
-        return
-    grid, r = tasks[large].grid, requests[large]
-    T, Y, X = grid.shape
-    share = min(trained_on / grid.size, 1) ** 0.5
-    fit = lambda pixels, count: pixels // count * max(round(share * count), 1)
-    logging.warning(
-        "request %d has %d patches, and the model was trained on clips of up to %d: smaller ones are what it knows, "
-        "and faster. Nearest: --size=%dx%d%s.",
-        large, grid.size, trained_on, fit(r.width, X), fit(r.height, Y),
-        ", or of a long video less (--context)" if r.videos and T > 8 else "",
-    )  # fmt: skip
+def _warn_of_large(index: int, r: Request, task: Task, layout: Layout, trained_on: int) -> None:
+    """Says so where a request lays out much more at once than any clip trained on has, and what would be as large."""
+    (T, Y, X), frames = task.grid.shape, len(task.known_TxYxX)
+    if task.grid.size > FAR * trained_on:
+        share = min(trained_on / task.grid.size, 1) ** 0.5
+        fit = lambda pixels, count: pixels // count * max(round(share * count), 1)
+        logging.warning(
+            "request %d has %d patches, and the model was trained on clips of up to %d: smaller ones are what it "
+            "knows, and faster. Nearest: --size=%dx%d%s.",
+            index, task.grid.size, trained_on, fit(r.width, X), fit(r.height, Y),
+            " or a smaller --window" if r.videos and T > 8 else "",
+        )  # fmt: skip
+    if frames > layout.longest + 2 * layout.codec.stride[0]:
+        instead = " --task=rollout makes longer videos." if task_of(r) == "text" else ""
+        logging.warning(
+            "request %d lays out %d frames at once, and the model was trained on clips of up to %d: what it makes may "
+            "move badly.%s",
+            index, frames, layout.longest, instead,
+        )  # fmt: skip
 
 
 def _roll_out(requests: dict, rolled: dict, layout: Layout, level_K, steps: int, solve) -> dict[int, np.ndarray]:

@@ -12,20 +12,20 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from dit_video.canvas import Request
-from dit_video.data.decode import LIMITS, Media, check, decode, probe
+from dit_video.canvas import SLOWEST, Request, check_sides
+from dit_video.data.decode import LIMITS, Media, MediaError, check, decode, probe
 from dit_video.tasks import MOST_PARTS, nearest_factor
 
 # What each task takes beside what is in ALWAYS: the first names are needed, those in brackets may be left.
 FIELDS = {
     "text": ((), ("size", "frames", "fps")),
     "animate": (("image",), ("size", "frames", "fps")),
-    "extend": (("video",), ("direction", "new_frames", "context", "size", "fps")),
-    "connect": (("video",), ("new_frames", "context", "size", "fps")),
+    "extend": (("video",), ("direction", "new_frames", "context", "window", "size", "fps")),
+    "connect": (("video",), ("new_frames", "context", "window", "size", "fps")),
     "loop": ((), ("video", "new_frames", "context", "size", "frames", "fps")),
-    "paint": (("video",), ("mask", "size", "fps")),
-    "edit": (("video",), ("strength", "mask", "size", "fps")),
-    "interpolate": (("video",), ("factor", "fps", "strength", "size")),
+    "paint": (("video",), ("mask", "window", "size", "fps")),
+    "edit": (("video",), ("strength", "mask", "window", "size", "fps")),
+    "interpolate": (("video",), ("factor", "fps", "strength", "window", "size")),
     "timeline": (("prompt",), ("size", "frames", "fps")),
     "rollout": ((), ("frames", "window", "context", "causal", "size", "fps")),
 }
@@ -41,26 +41,27 @@ FRAMES, FPS, SIZE, INTERPOLATION_STRENGTH = 9, 8.0, (48, 32), 0.6  # where nothi
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A Request, and the fields that make it again."""
+    """A Request, the fields that make it again, and where it was asked for, '' = by flags."""
 
     request: Request
     fields: Mapping
+    place: str = ""
 
 
 def read_lines(path, step_yx: tuple[int, int]) -> list[Asked]:
     """The requests of a JSON lines file, one object a line. Raises ValueError with the line's number."""
     asked = []
-    for number, line in enumerate(epath.Path(path).read_text().splitlines(), start=1):
+    for number, line in enumerate(epath.Path(path).read_text().split("\n"), start=1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line, object_pairs_hook=_once)
             if not isinstance(fields, dict):
                 raise ValueError(f'{line!r} is no JSON object, such as {{"task": "text", "prompt": "..."}}.')
-            asked += read(fields, step_yx)
+            asked += [dataclasses.replace(one, place=f"{path}, line {number}: ") for one in read(fields, step_yx)]
         except json.JSONDecodeError as error:  # whose own words count lines too: of this one alone
             raise ValueError(f"{path}, line {number}: no JSON, {error.msg} at column {error.colno}.") from error
-        except ValueError as error:
+        except (ValueError, MediaError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not asked:
         raise ValueError(f'{path} asks for nothing: give a line such as {{"task": "text", "prompt": "..."}}.')
@@ -96,6 +97,8 @@ def read(fields: Mapping, step_yx: tuple[int, int]) -> list[Asked]:
     for name in ("window", "context"):
         if fields.get("causal") and name in fields:
             raise ValueError(f"a causal roll-out takes no {name}: it sees the window that its model trained with.")
+    if "size" in fields:  # before a frame is decoded
+        check_sides(*parse_size(fields["size"]), step_yx)
     prompt, read_task = fields.get("prompt", ""), READERS.get(task, _read_video)
     if isinstance(prompt, str) == (task == "timeline"):
         raise ValueError(
@@ -190,8 +193,11 @@ def _read_video(fields, step_yx):
     width, height = inner_width, inner_height = _size(fields, medias[0], step_yx)
     if task == "paint":
         inner_width, inner_height = _within(medias[0], width, height, step_yx, "mask" in fields)
-    asked_fps = None if task == "interpolate" else fields.get("fps")
-    videos, fps = [], asked_fps
+    fps = None if task == "interpolate" else fields.get("fps")
+    if fps is None and len(moving := [media for media in medias if len(media.stamps) > 1]) < len(medias):
+        # A single frame says nothing of a rate: that of the other video goes, or what its file's header claims.
+        fps = _times(moving[0], None)[1] if moving else medias[0].fps
+    videos = []
     for media in medias:
         time_F, fps = _times(media, fps)
         videos.append(_read_frames(media, time_F, inner_height, inner_width, fps))
@@ -272,8 +278,8 @@ def _times(media: Media, fps: float | None):
     """time_F, the seconds at which a video is read, and their rate: at `fps`, as long as the last frame lasts; or, for
     None or the video's own rate to 1%, the stamps of its frames.
     """
-    if fps is not None and not (np.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps={fps} is not a frame rate. Give frames per second above 0.")
+    if fps is not None and not (np.isfinite(fps) and fps >= SLOWEST):
+        raise ValueError(f"fps={fps} is not a frame rate. Give frames per second, {SLOWEST} or more.")
     stamps_F = np.asarray(media.stamps)
     if len(stamps_F) == 1:
         return stamps_F, fps or FPS

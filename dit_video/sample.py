@@ -33,11 +33,13 @@ MASK = flags.DEFINE_multi_string(
 DIRECTION = flags.DEFINE_multi_enum("direction", [], ["forward", "backward"], "extend: where to; forward by default.")
 NEW_FRAMES = flags.DEFINE_multi_integer("new_frames", [], "extend, connect, loop: frames to make, 8 by default.")
 CONTEXT = flags.DEFINE_multi_integer(
-    "context", [], "Frames next to the new ones that the model sees, in whole groups; by default all."
+    "context", [], "Frames next to the new ones that the model sees, in whole groups; by default all that fit."
 )
 STRENGTH = flags.DEFINE_multi_float("strength", [], "edit, interpolate: the level to start from, 0.6 by default.")
 FACTOR = flags.DEFINE_multi_float("factor", [], "interpolate: frames out per frame in; or give --fps.")
-WINDOW = flags.DEFINE_multi_integer("window", [], "rollout: frames laid out at once, 13 by default.")
+WINDOW = flags.DEFINE_multi_integer(
+    "window", [], "Frames laid out at once; by default those of the longest clip trained on."
+)
 CAUSAL = flags.DEFINE_bool("causal", None, "rollout: frame by frame, with a cache, by a model trained frame-causally.")
 NUM = flags.DEFINE_multi_integer("num", [1], "Samples of each, with seeds seed, seed + 1, ...", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Sampling steps; by default the config's.", lower_bound=1)
@@ -182,9 +184,12 @@ def main(argv):
                 print(save_latents(generate.sample_latents(requests, trained, **asked_for), requests))
                 return
             videos = generate.sample(requests, trained, **asked_for)
+    except generate.RequestError as error:
+        sys.exit(f"ValueError: {wanted[error.index].place}{error}")
     except (ValueError, FileNotFoundError, MediaError, CheckpointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    how = {k: settings[k] for k in ("steps", "guidance", "guidance_given", "history", "history_given", "solver")}
+    how = {k: settings[k] for k in ("steps", "solver")}
+    scales = [generate.scales_again(request, settings) for request in requests]
     made_by = {"config": config.name, "checkpoint_step": trained.step, "weights": trained.source}
     samples = [
         Sample(
@@ -192,9 +197,9 @@ def main(argv):
             one.request.fps,
             one.request.prompt,
             one.request.seed,
-            {"task": one.fields["task"], **how, **made_by, "request": one.fields},
+            {"task": one.fields["task"], **how, **made_by, "request": one.fields | scale},
         )
-        for one, video in zip(wanted, videos)
+        for one, scale, video in zip(wanted, scales, videos)
     ]
     print(write_samples(OUT.value, samples, title=f"Samples of {config.name}", every_frame=SAVE.value == "png"))
 

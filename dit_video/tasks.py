@@ -23,6 +23,7 @@ from dit_video.canvas import (
     legal,
     place,
     prompts_of,
+    window_of,
 )
 from dit_video.patches import name, patchify
 
@@ -132,22 +133,16 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     The video lies in the middle, to the nearest whole patch. Frames beyond a legal length repeat the last, and are cut.
     """
     check_levels("painting", layout)
-    (video_FxYxXx3,) = _videos(request, layout, 1, smaller=True)
-    F, height, width, _ = video_FxYxXx3.shape
-    if request.mask_TxYxX is None and (height, width) == (request.height, request.width):
+    video_FxYxXx3, new_FxYxX = on_canvas(request, layout)
+    if request.mask_TxYxX is None and not new_FxYxX.any():
         raise ValueError(
-            f"painting needs a mask, or a size larger than the video's {width}x{height}: the request is as large."
+            f"painting needs a mask, or a size larger than the video's {request.width}x{request.height}: the request "
+            "is as large."
         )
-    (_, sy, sx), (_, py, px) = layout.codec.stride, layout.patch
-    y = round((request.height - height) / (2 * sy * py)) * sy * py
-    x = round((request.width - width) / (2 * sx * px)) * sx * px
-    inside = slice(None), slice(y, y + height), slice(x, x + width)
-    T = legal(F, layout.codec.stride[0])
-    given_TxYxXx3, known_TxYxX = place(request, T)
-    index_T = np.minimum(np.arange(T), F - 1)
-    given_TxYxXx3[inside], known_TxYxX[inside] = video_FxYxXx3[index_T], ~_mask(request)[index_T]
+    given_TxYxXx3, known_TxYxX = _to_legal(video_FxYxXx3, new_FxYxX, layout)
     _check_mask(known_TxYxX)
-    return dataclasses.replace(as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX), take=slice(0, F))
+    task = as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX)
+    return dataclasses.replace(task, take=slice(0, len(video_FxYxXx3)))
 
 
 def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -155,21 +150,44 @@ def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
 
     With a mask, what lies outside it is known. Frames beyond a legal length repeat the last, and are cut.
     """
-    (video_FxYxXx3,) = _videos(request, layout, 1)
     if not 0 < request.strength <= 1:
         raise ValueError(f"strength={request.strength} is no level to start from. Choose above 0, and 1 at most.")
-    F = len(video_FxYxXx3)
-    T = legal(F, layout.codec.stride[0])
-    index_T = np.minimum(np.arange(T), F - 1)
-    given_TxYxXx3, known_TxYxX = place(request, T)
-    given_TxYxXx3[:] = video_FxYxXx3[index_T]
+    video_FxYxXx3, new_FxYxX = on_canvas(request, layout)
+    given_TxYxXx3, known_TxYxX = _to_legal(video_FxYxXx3, new_FxYxX, layout)
     if request.mask_TxYxX is not None:
         check_levels("editing with a mask", layout)
-        known_TxYxX[:] = ~_mask(request)[index_T]
         _check_mask(known_TxYxX)
     start_n = np.full(known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
     task = as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
-    return dataclasses.replace(task, take=slice(0, F))
+    return dataclasses.replace(task, take=slice(0, len(video_FxYxXx3)))
+
+
+def on_canvas(request: Request, layout: Layout):
+    """What is painted or edited, at the request's size: video_FxYxXx3, and new_FxYxX, True = make anew.
+
+    A smaller video lies in the middle, to the nearest whole patch, and what is around it is new. Without a mask all
+    that is edited is. Raises ValueError for a video or a mask that does not fit.
+    """
+    (video_FxYxXx3,) = _videos(request, layout, 1, smaller=task_of(request) == "paint")
+    F, height, width, _ = video_FxYxXx3.shape
+    inside_new_FxYxX = _mask(request)
+    if request.mask_TxYxX is None and task_of(request) == "edit":
+        inside_new_FxYxX = np.ones_like(inside_new_FxYxX)
+    (_, sy, sx), (_, py, px) = layout.codec.stride, layout.patch
+    y = round((request.height - height) / (2 * sy * py)) * sy * py
+    x = round((request.width - width) / (2 * sx * px)) * sx * px
+    inside = slice(None), slice(y, y + height), slice(x, x + width)
+    whole_FxYxXx3 = np.zeros((F, request.height, request.width, 3), np.uint8)
+    new_FxYxX = np.ones(whole_FxYxXx3.shape[:3], bool)
+    whole_FxYxXx3[inside], new_FxYxX[inside] = video_FxYxXx3, inside_new_FxYxX
+    return whole_FxYxXx3, new_FxYxX
+
+
+def _to_legal(video_FxYxXx3, new_FxYxX, layout):
+    """given_TxYxXx3 and known_TxYxX of a length that the codec takes: frames beyond the last repeat it."""
+    F = len(video_FxYxXx3)
+    index_T = np.minimum(np.arange(legal(F, layout.codec.stride[0])), F - 1)
+    return video_FxYxXx3[index_T], ~new_FxYxX[index_T]
 
 
 def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -219,6 +237,7 @@ def nearest_factor(factor: float) -> Fraction:
 def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     """As text to video, but each latent frame sees the prompt of its own time (that of its last frame)."""
     check_request(request, layout)
+    check_levels("a timeline", layout)
     time_j, prompts = np.array([t for t, _ in request.timeline], float), prompts_of(request)
     if not len(time_j) or time_j[0] != 0 or (np.diff(time_j) <= 0).any():
         raise ValueError(f"the timeline's times are {time_j.tolist()} s: they must start at 0 and ascend.")
@@ -296,13 +315,10 @@ def start_rollout(request: Request, layout: Layout) -> tuple[Task, Window]:
         raise ValueError(
             f"context={context} must be 1 + {st}k frames (the codec's stride). Nearest: {above - st} or {above}."
         )
-    if request.window != legal(request.window, st) or rollout_latents(request, layout)[1] < 1:
-        nearest = max(legal(request.window, st), context + st)
-        raise ValueError(
-            f"window={request.window} must be 1 + {st}k frames (the codec's stride), more than context={context}. "
-            f"Nearest: {nearest}."
-        )
-    task = as_patches(request, layout, np.ones(1, np.float32), *place(request, request.window))
+    window = window_of(request, layout)
+    if window <= context:
+        raise ValueError(f"window={window} must be more than context={context}. Nearest: {context + st}.")
+    task = as_patches(request, layout, np.ones(1, np.float32), *place(request, window))
     T = rollout_latents(request, layout)[0]
     return task, Window(0, 0, np.stack([_latent_noise(request, layout, t) for t in range(T)]))
 
@@ -310,7 +326,7 @@ def start_rollout(request: Request, layout: Layout) -> tuple[Task, Window]:
 def rollout_latents(request: Request, layout: Layout) -> tuple[int, int, int]:
     """Latent frames of the window, those of them that come down at once, and those of the whole video."""
     st = layout.codec.stride[0]
-    window = 1 + (request.window - 1) // st
+    window = 1 + (window_of(request, layout) - 1) // st
     return window, window - (1 + (_context(request, layout) - 1) // st), 1 + -(-(request.frames - 1) // st)
 
 

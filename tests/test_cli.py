@@ -82,6 +82,8 @@ def sample_here(*given):
         (["--size=48"], r"size='48' is not of the form WIDTHxHEIGHT"),
         (["--frames=10"], r"frames=10 cannot be encoded.*Nearest: 9 or 13\."),
         (["--fps=-1"], r"fps=-1.0 is not a frame rate"),
+        (["--fps=0.0001"], r"fps=0.0001 is not a frame rate. Give frames per second, 0.01 or more\."),
+        (["--task=extend", "--video=missing.mp4", "--size=0x8"], r"width=0 cannot be cut .* Nearest: 8\."),
         (["--seed=1", "--seed=2", "--seed=3"], r"--seed was given 3 times for 2 requests: give it once, or 2 times\."),
         (["--task=extend", *["--video=a.mp4", "--new_frames=4"] * 3], "--prompt was given 2 times for 3 requests"),
         (["--size=16x16", "--size=8x8", "--size=24x8"], r"--size was given 3 times for 2 requests"),
@@ -306,6 +308,11 @@ def test_videos_are_read_as_long_as_they_last(tmp_path):
         "connect", video=[str(tmp_path / name) for name in ("v.gif", "slow.gif")]
     )  # at the first's rate
     assert [len(video) for video in connected.videos] == [13, 16] and connected.fps == 8
+    # A single frame has no rate: the other's goes, whichever comes first.
+    Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(tmp_path / "one.gif")
+    for names in (("one.gif", "slow.gif"), ("slow.gif", "one.gif")):
+        pair = request("connect", video=[str(tmp_path / name) for name in names])
+        assert sorted(len(video) for video in pair.videos) == [1, 2] and pair.fps == 1
     # Near its own rate a video is read frame by frame.
     np.testing.assert_array_equal(read("v.gif", fps=8.05), scenes)
 
@@ -398,6 +405,22 @@ def test_requests_that_ask_for_nothing(weights, tmp_path):
         sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"frames": 10}, r"ValueError: \S+/r.jsonl, line 2: frames=10 cannot be encoded.*Nearest: 9 or 13\."),
+        ({"size": "50x32"}, r"ValueError: \S+/r.jsonl, line 2: width=50 cannot be cut"),
+        ({"task": "extend", "video": "missing.mp4"}, r"ValueError: \S+/r.jsonl, line 2: 'missing.mp4'"),
+    ],
+)
+def test_wrong_requests_are_found_in_their_file(weights, tmp_path, line, message):
+    """However far in the line was read; a line ends where JSON lines do, not where Unicode breaks a paragraph."""
+    lines = [{"prompt": "a\u2028b\x85", "num": 3}, line]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    with pytest.raises(SystemExit, match=message):
+        sample_here(f"--weights={weights}", f"--out={tmp_path / 'out'}", f"--requests={tmp_path / 'r.jsonl'}")
+
+
 def test_readmes_tasks_are_laid_out_as_they_stand(monkeypatch):
     """Every command of the section on tasks, and its lines of requests, from the files that they name."""
     monkeypatch.chdir(ROOT)
@@ -456,7 +479,8 @@ def test_every_task_from_lines_of_requests(weights, media, tmp_path, caplog):
     assert (one[1][9:] != one[2][9:]).any()
 
     (tmp_path / "again.jsonl").write_text("\n".join(json.dumps(s["request"]) for s in made))
-    sample_here(*how, f"--requests={tmp_path / 'again.jsonl'}", f"--out={tmp_path / 'two'}")
+    others = ["--guidance=7", "--history=2"]  # a request carries its own
+    sample_here(*how, *others, f"--requests={tmp_path / 'again.jsonl'}", f"--out={tmp_path / 'two'}")
     for s, first in zip(json.loads((tmp_path / "two" / "samples.json").read_text())["samples"], one, strict=True):
         np.testing.assert_array_equal(read(tmp_path / "two", s), first)
 

@@ -13,7 +13,7 @@ LAYERS = (
     {"arguments", "flow", "codecs", "text", "metrics", "sequence"},
     {"sampling", "canvas"},
     {"model", "tasks", "data"},
-    {"weights", "evaluation"},
+    {"weights", "evaluation", "parts"},
     {"generate", "step", "requests"},
     {"meter", "estimate"},
     {"trainer"},

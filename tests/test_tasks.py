@@ -5,6 +5,7 @@ n patches of one request, g its groups, K = M + 1 levels, T x Y x X a clip's gri
 
 import collections
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from configs import base
 from dit_video import generate
-from dit_video.canvas import Layout, Request, check_request, finish, told
+from dit_video.canvas import Layout, Request, check_request, finish, seen, told
 from dit_video.codecs import Pixels, make_codec, to_float
 from dit_video.model import make_model
 from dit_video.patches import Cond, lay_out, pack, unpatchify
@@ -264,28 +265,32 @@ def test_the_model_sees_the_given_pixels_and_no_others(name):
 def test_what_the_model_does_not_know_of_the_given_is_counted():
     """By hand: frames apart from pixels; nothing is said where all is known."""
     layout = layout_of(tiny_config())
+    tell = lambda task, context=None: told([seen(task, layout)], layout, context)
     for name in ("text", "animate", "forward", "backward", "out-painting", "edit", "connect, in sight of 5"):
         request = ALL_TASKS[name]
-        task = animate(request, layout, LEVEL_K) if name == "animate" else laid(request)
-        assert told(task, layout) == "", name
+        assert tell(animate(request, layout, LEVEL_K) if name == "animate" else laid(request)) == "", name
     # After 9 known frames and 6 new ones, frame 15 starts within the group of 13 ... 16.
-    assert "knows 24 of 36 patches" in told(laid(ALL_TASKS["connect"]), layout)
-    assert ": 2 given frames in groups of 4" in told(laid(ALL_TASKS["connect"]), layout)
+    assert "knows 24 of 36 patches" in tell(laid(ALL_TASKS["connect"]))
+    assert ": 2 given frames in groups of 4" in tell(laid(ALL_TASKS["connect"]))
     # Patches are 3 by 2 in a frame; the mask, 8 by 11 pixels, touches the right 2 by 2 of them, 16 by 16 pixels.
-    painted, interpolated = told(laid(ALL_TASKS["in-painting"]), layout), told(laid(ALL_TASKS["interpolate"]), layout)
+    painted, interpolated = tell(laid(ALL_TASKS["in-painting"])), tell(laid(ALL_TASKS["interpolate"]))
     assert "knows 8 of 24 patches" in painted and " 0 given frames in groups of 4 that are given in part" in painted
     assert f" {10 * (256 - 88)} given pixels in patches of 8x8 that the mask touches" in painted
     assert ": 8 given frames in groups of 4 that are given in part, 0 given pixels" in interpolated
     # Of 5 known frames, 6 new ones and the first again, frames 11 and 12 lie in the group of 9 ... 12.
-    assert ": 2 given frames in groups of 4" in told(laid(ALL_TASKS["loop"]), layout)
-    assert told(laid(dataclasses.replace(ALL_TASKS["loop"], new_frames=8)), layout) == ""
+    assert ": 2 given frames in groups of 4" in tell(laid(ALL_TASKS["loop"]))
+    assert tell(laid(dataclasses.replace(ALL_TASKS["loop"], new_frames=8))) == ""
     # Whole groups of a context: 1 + 4k frames before the new ones, 4k after.
-    for name, context, seen in (
+    for name, context, words in (
         ("forward", 6, "5"), ("forward", 5, ""), ("backward", 5, "4"), ("backward", 4, ""), ("loop", 6, "5 and 4"),
     ):  # fmt: skip
         request = dataclasses.replace(ALL_TASKS[name], context=context, new_frames=8)
-        words = f"of context={context} frames the model sees {seen}, in whole groups of 4" if seen else ""
-        assert told(laid(request), layout, context) == words
+        words = f"of context={context} frames the model sees {words}, in whole groups of 4" if words else ""
+        assert tell(laid(request), context) == words
+    # Of several parts: the sum.
+    both = told([seen(laid(ALL_TASKS[name]), layout) for name in ("in-painting", "interpolate")], layout)
+    counts = lambda text: np.array([int(n) for n in re.findall(r"(\d+) (?:of|patches|given)", text)])
+    np.testing.assert_array_equal(counts(both), counts(painted) + counts(interpolated))
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
@@ -306,13 +311,34 @@ def test_what_is_given_in_part_is_led_to_what_it_is(name):
     np.testing.assert_allclose(there_nxP[led_nxP], values(to_float(task.given_TxYxXx3))[led_nxP], atol=1e-6)
 
 
+class Learned:
+    stride, channels, encode = (4, 1, 1), 12, Pixels((4, 1, 1)).encode
+
+
 def test_a_learned_codecs_latents_are_not_led():
     """No pixel has one of them to itself."""
-
-    class Learned:
-        stride, channels, encode = (4, 1, 1), 12, Pixels((4, 1, 1)).encode
-
     assert laid(ALL_TASKS["connect"], codec=Learned()).course_nxP is None
+
+
+def test_a_mask_may_touch_every_patch_where_its_given_pixels_are_led():
+    """What is edited is seen in its own noise as well; but a learned codec would show a painter nothing."""
+    touching = {"mask_TxYxX": np.indices((1, 16, 24)).sum(0) % 5 == 0}
+    painted, edited = (dataclasses.replace(ALL_TASKS[name], **touching) for name in ("in-painting", "masked edit"))
+    for task in (laid(painted), laid(edited)):
+        np.testing.assert_array_equal(
+            finish(task, np.full((13, 16, 24, 3), NEW, np.uint8))[:, ~touching["mask_TxYxX"][0]],
+            V[:, ~touching["mask_TxYxX"][0]],
+        )
+        assert (task.level_Kxg[0] > 0).all() and not np.isnan(task.course_nxP).all()
+    laid(edited, codec=Learned())
+    with pytest.raises(ValueError, match="would see nothing of what is given"):
+        laid(painted, codec=Learned())
+
+
+def test_a_timeline_needs_a_level_for_each_frame():
+    """A group of a whole clip would show the model's modulation one prompt of several."""
+    with pytest.raises(ValueError, match="a timeline needs a level for each latent frame: data.group_by='frame'"):
+        laid(ALL_TASKS["timeline"], group_by="clip")
 
 
 @pytest.mark.parametrize("name", ["animate", "forward", "backward", "connect", "loop"])
@@ -510,7 +536,6 @@ def test_a_roll_out_is_a_staircase_that_moves_along():
         ("in-painting", {"mask_TxYxX": MASK[:, :8]}, "the mask is 24x8 and the video 24x16 .*: give a mask of 24x16"),
         ("in-painting", {"mask_TxYxX": np.repeat(MASK, 9, 0)}, "the mask has 9 frames and the video 10: give 10, or 1"),
         ("in-painting", {"mask_TxYxX": MASK.astype(float)}, "the mask is float64 .*; give bool"),
-        ("in-painting", {"mask_TxYxX": np.indices((1, 16, 24)).sum(0) % 5 == 0}, "would see nothing of what is given"),
         ("in-painting", {"mask_TxYxX": 0 * MASK > 0}, "white.* nowhere, so that nothing is made anew. Give"),
         ("masked edit", {"mask_TxYxX": MASK >= 0}, "white.* everywhere, so that nothing of the video is known. Give"),
         ("both", {"mask_TxYxX": MASK >= 0}, "white.* everywhere, so that nothing of the video is known. Give"),
@@ -534,8 +559,9 @@ def test_tasks_that_cannot_be_laid_out_are_refused(name, changes, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"window": 12}, r"window=12 must be 1 \+ 4k frames .* context=5. Nearest: 13"),
-        ({"window": 5}, "window=5 must be .*, more than context=5. Nearest: 9"),
+        ({"window": 12}, r"window=12 must be 1 \+ 4k frames .*, 9 or more. Nearest: 13"),
+        ({"window": 5}, "window=5 must be .*, 9 or more. Nearest: 9"),
+        ({"window": 9, "context": 9}, "window=9 must be more than context=9. Nearest: 13"),
         ({"context": -5}, "context=-5: give 1 frame at least"),
         ({"context": 8}, r"context=8 must be 1 \+ 4k frames \(the codec's stride\). Nearest: 5 or 9"),
         ({"frames": 0}, "frames=0: a roll-out makes 1 frame at least"),
@@ -692,6 +718,23 @@ def test_a_scale_of_one_is_no_guidance(trained):
     beside = generate.sample([plain[0], dataclasses.replace(PICTURE, guidance=5.0), *plain[2:]], trained)
     assert levels_apart([beside[0], *beside[2:]], [without[0], *without[2:]]) <= 1
     assert levels_apart(beside[1:2], without[1:2]) > 20
+
+
+def test_long_videos_in_parts_are_made_alone_as_beside_others(trained, packed):
+    """Each part after what it sees is made; requests with more parts than others go on alone."""
+    long = video_of(21)
+    requests = [
+        Request("a", 24, 16, task="extend", videos=(long,), new_frames=7, window=9),
+        Request("b", 24, 16, task="edit", videos=(long,), window=9),
+        Request("c", 24, 16, task="interpolate", videos=(long[:7],), factor=2, fps=16.0, window=9),
+    ]
+    found = generate.sample([VIDEO, *requests], trained)
+    assert [len(video) for video in found] == [9, 28, 21, 13]
+    assert levels_apart(found[:1], packed[:1]) <= 1
+    for request, video in zip(requests, found[1:]):
+        assert levels_apart(generate.sample([request], trained), [video]) <= 1
+    np.testing.assert_array_equal(found[1][:21], long)
+    np.testing.assert_array_equal(found[3][::2], long[:7])
 
 
 def test_devices_change_nothing(trained, packed):
