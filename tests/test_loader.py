@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -379,6 +381,57 @@ def test_a_worker_that_is_killed_is_told_and_leaves_nothing(open_loader):
     while (left := list(pathlib.Path("/dev/shm").glob(f"{loader._memory}*"))) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
+
+
+def test_signals_that_stop_a_run_leave_its_workers(open_loader):
+    """They reach a whole group of processes at once, and the run goes on to the step that it saves."""
+    config = small_config(shards=1, rows=1)
+    expected = draw(open_loader(config, words.tokenise, CODEC), 8)
+    config.data.workers = 1
+    loader = open_loader(config, words.tokenise, CODEC)
+    found = draw(loader, 1)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    assert_same(found + draw(loader, 7), expected)
+    assert worker.is_alive()
+
+
+OPEN_AND_WAIT = """
+import multiprocessing, time
+from configs import shapes
+from dit_video.codecs import make_codec
+from dit_video.data.loader import make_loader
+from dit_video.text import words
+config = shapes.get_config("quick")
+config.data.rows = config.data.shards = config.data.workers = 2
+loader = make_loader(config, words.tokenise, make_codec(config.codec), "train", 0, 1)
+next(loader)
+print(loader._memory, *[worker.pid for worker in multiprocessing.active_children()], flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_go_with_a_run_that_is_killed():
+    """And leave no shared memory."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    run = subprocess.Popen([sys.executable, "-c", OPEN_AND_WAIT], cwd=root, stdout=subprocess.PIPE, text=True)
+    memory, *workers = run.stdout.readline().split()
+    assert len(workers) == 2 and any(pathlib.Path("/dev/shm").glob(f"{memory}*"))
+    run.kill()
+    run.wait()
+    left = lambda: [*pathlib.Path("/dev/shm").glob(f"{memory}*"), *(pid for pid in workers if alive(pid))]
+    deadline = time.monotonic() + 30
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left()
+
+
+def alive(pid: str) -> bool:
+    try:
+        return "\nState:\tZ" not in pathlib.Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 # A folder of real clips

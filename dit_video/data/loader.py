@@ -13,9 +13,11 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -38,6 +40,7 @@ from dit_video.data.shapes import ShapesSource
 from dit_video.patches import Batch, Clip, Piece, choose, lay_out, leave_out, pack, visible
 
 AHEAD = 2  # batches that a thread or worker holds ready
+LONGEST_SAVE = 120  # seconds that a worker goes on after SIGTERM
 LOW_PRIORITY = 10  # niceness of the loader's threads
 VALIDATION_SEED = 2**31 - 1  # draws validation's clips and their order, whatever the run's seed
 HELD_OUT = 20  # one file in so many of a folder is for validation
@@ -293,7 +296,7 @@ class Loader:
             rows = Rows(self._plan, {v: self._states[v] for v in map(str, own)})
             if self._workers:
                 options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=AHEAD)
-                part = iter(rows.mp_prefetch(options, functools.partial(_name_memory, self._memory)))
+                part = iter(rows.mp_prefetch(options, functools.partial(_start_worker, self._memory)))
             else:
                 part = iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=AHEAD))
             parts.append((tuple(map(str, own)), part))
@@ -333,19 +336,37 @@ class Loader:
         _free_memory(self._memory)
 
 
-def _name_memory(prefix: str, index: int, count: int) -> None:
-    """Names a worker's shared memory, so that what one leaves that is killed, between making and passing on, is found.
+def _start_worker(prefix: str, index: int, count: int) -> None:
+    """Runs first in a worker process: it stays as long as the run does, and no longer.
 
-    There is no public way to (Python 3.11 to 3.13 have this one); without, names are what they are.
+    What stops a run often reaches all of its processes (Ctrl-C; SLURM's signals): the run needs its workers up to the
+    step that it saves. A run that is killed can end none of them: each sees that by itself.
     """
+    # There is no public way to name shared memory (Python 3.11 to 3.13 have this one); without, names are what they
+    # are. By the prefix is found what a worker leaves that is killed between making and passing on.
     if hasattr(shared_memory, "_SHM_NAME_PREFIX"):
         shared_memory._SHM_NAME_PREFIX = f"/{prefix}"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _daemon(_leave, LONGEST_SAVE, prefix))
+    _daemon(lambda: (multiprocessing.parent_process().join(), _leave(0, prefix)))
 
 
-def _free_memory(prefix: str) -> None:
-    """Removes what ended workers have left in shared memory, but for what this process still reads."""
+def _daemon(function: Callable, *given) -> None:
+    threading.Thread(target=function, args=given, daemon=True).start()
+
+
+def _leave(after: float, prefix: str) -> None:
+    """Ends a worker, and its run's shared memory where the run is no more."""
+    time.sleep(after)
+    if not multiprocessing.parent_process().is_alive():
+        _free_memory(prefix, ending=True)
+    os._exit(1)
+
+
+def _free_memory(prefix: str, ending: bool = False) -> None:
+    """Removes what ended workers have left in shared memory, but for what this process, unless it ends, still reads."""
     if left := [*pathlib.Path("/dev/shm").glob(f"{prefix}*")]:
-        read = pathlib.Path("/proc/self/maps").read_text()
+        read = "" if ending else pathlib.Path("/proc/self/maps").read_text()
         for path in left:
             if path.name in read:
                 continue
