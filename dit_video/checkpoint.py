@@ -7,8 +7,10 @@ A checkpoint is a directory named by its step. Orbax writes the arrays, we write
              config.json    the run's config
              SHA256SUMS     the SHA-256 of every file above, read back from the disk (`sha256sum -c` takes it too)
 
-SHA256SUMS comes last and in one piece, so it is the commit: a directory without it is what a killed run left, which
-no reader sees and the next save removes. A checkpoint is deleted in the opposite order, SHA256SUMS first.
+SHA256SUMS comes last and in one piece, so it is the commit. A checkpoint is deleted in the opposite order, SHA256SUMS
+first. While it is written or deleted a file INCOMPLETE lies beside: with that, and without SHA256SUMS, a directory is
+what a killed run left, which no reader sees and the next save removes. Without both it has lost its sums, and is
+damaged like one that has lost another file.
 
 With several processes all of them make every call, on a directory that all can see; the first one verifies, hashes,
 and writes everything but the others' shards (`extra` is the first one's). A save is complete on none of them before
@@ -32,6 +34,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 SUMS = "SHA256SUMS"
+INCOMPLETE = "INCOMPLETE"
 PATIENCE = 3600  # seconds that the others wait while the first process hashes; a dead one is noticed long before
 _BARRIERS = itertools.count()  # a barrier's name serves once; all processes save in the same order
 
@@ -117,7 +120,7 @@ class Checkpoints:
         _require_plain_arrays(state)
         if step == self._step:
             return
-        ahead = [other for other in self.steps() if other >= step and other not in self._damaged]
+        ahead = [other for other in self._written() if other >= step and other not in self._damaged]
         if ahead:
             raise CheckpointError(
                 f"step {step} cannot be saved: {self.directory} has checkpoints of steps {ahead} already. Resume from "
@@ -129,6 +132,8 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self._remove_incomplete()
                 _remove(path)
+                path.mkdir(parents=True)
+                (path / INCOMPLETE).touch()
             self._orbax.save(path / "state", args=ocp.args.PyTreeSave(state))  # begins with a barrier
         except OSError as error:
             raise CheckpointError(f"checkpoint {path} could not be begun: {error}") from error
@@ -192,7 +197,7 @@ class Checkpoints:
         if sound is None:
             return None
         if step is None:
-            self._step, self._damaged = sound, frozenset(other for other in self.steps() if other > sound)
+            self._step, self._damaged = sound, frozenset(other for other in self._written() if other > sound)
         return _read(self._path(sound), abstract_state, part)
 
     def _path(self, step):
@@ -201,9 +206,15 @@ class Checkpoints:
     def _step_paths(self):
         return [path for path in self.directory.iterdir() if path.name.isdigit()] if self.directory.exists() else []
 
+    def _written(self):
+        """The steps of what was complete once, oldest first: `steps`, and those that have lost their sums."""
+        return sorted(int(path.name) for path in self._step_paths() if (path / SUMS).exists() or not _torn(path))
+
     def _remove_incomplete(self):
         for path in self._step_paths():
-            if not (path / SUMS).exists():
+            if (path / SUMS).exists():
+                (path / INCOMPLETE).unlink(missing_ok=True)  # the run was killed just after the commit
+            elif _torn(path):
                 logging.warning("removing %s, which was never completed", path)
                 _remove(path)
 
@@ -216,6 +227,7 @@ class Checkpoints:
                 for name, text in texts.items():
                     (path / name).write_text(text)
                 _write_sums(path)
+                (path / INCOMPLETE).unlink()
                 outdated = [other for other in self.steps() if other not in self._damaged][: -self._keep]
                 for other in (*outdated, *self._damaged):
                     _remove(self._path(other))
@@ -229,7 +241,7 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {path} could not be written: {error}") from error
 
     def _newest_sound(self, step):
-        steps = self.steps() if step is None else [step]
+        steps = self._written() if step is None else [step]
         for candidate in reversed(steps):
             damage = find_damage(self._path(candidate))
             if not damage:
@@ -325,7 +337,7 @@ def _files(path, prefix=""):
     for child in path.iterdir():
         if child.is_dir():
             yield from _files(child, f"{prefix}{child.name}/")
-        elif prefix + child.name != SUMS:
+        elif prefix + child.name not in (SUMS, INCOMPLETE):
             yield prefix + child.name
 
 
@@ -342,9 +354,19 @@ def _sha256(path):
     return total.hexdigest()
 
 
+def _torn(path) -> bool:
+    """Of a directory without SHA256SUMS: whether a run was killed while it wrote or removed it."""
+    return (path / INCOMPLETE).exists() or not any(path.iterdir())
+
+
 def _remove(path):
     if path.exists():
+        with contextlib.suppress(OSError):  # the disk is full
+            (path / INCOMPLETE).touch()
         (path / SUMS).unlink(missing_ok=True)
+        for child in path.iterdir():
+            if child.name != INCOMPLETE:
+                child.rmtree() if child.is_dir() else child.unlink()
         path.rmtree()
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import pathlib
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dit_video.checkpoint import SUMS, CheckpointError, Checkpoints, digest, find_damage, load
+from dit_video.checkpoint import INCOMPLETE, SUMS, CheckpointError, Checkpoints, digest, find_damage, load
 
 CONFIG = {"model": {"width": 8}, "name": "é"}
 
@@ -271,6 +272,37 @@ def test_falls_back_loudly_and_goes_on(tmp_path, caplog):
         checkpoints.save(3, make_state(30), {}, {}, wait=True)
         assert steps_on_disk(tmp_path) == [2, 3]
         assert digest(checkpoints.restore(state).state) == digest(make_state(30))
+
+
+def test_lost_sums_are_damage(tmp_path, caplog):
+    """Of the newest: the next older one, and the file in the log. Of all: an error, and nothing is deleted; but what a
+    killed save or removal has left is no checkpoint, and is not spoken of."""
+    state = abstract(make_state())
+    write(tmp_path, 1, 2, 3)
+    (tmp_path / "00000003" / SUMS).unlink()
+    with caplog.at_level(logging.ERROR), Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore(state).step == 2
+        assert str(tmp_path / "00000003" / SUMS) in caplog.text
+        checkpoints.save(3, make_state(30), {}, {}, wait=True)
+        assert digest(checkpoints.restore(state).state) == digest(make_state(30))
+    for step in (2, 3):
+        (tmp_path / f"{step:08d}" / SUMS).unlink()
+    left = files_of(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"steps \[2, 3\] are all damaged"):
+            checkpoints.restore(state)
+        with pytest.raises(CheckpointError, match=r"step 1 cannot be saved: .* of steps \[2, 3\] already"):
+            checkpoints.save(1, make_state(), {}, {})
+    assert files_of(tmp_path) == left
+
+    caplog.clear()
+    (tmp_path / "00000002" / INCOMPLETE).touch()
+    shutil.rmtree(tmp_path / "00000003")
+    (tmp_path / "00000003").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state) is None and not caplog.text
+        checkpoints.save(1, make_state(), {}, {}, wait=True)
+    assert steps_on_disk(tmp_path) == [1]
 
 
 def test_all_bad_is_an_error(tmp_path):
