@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,14 +112,64 @@ def test_flags_reach_the_hosts_as_they_were_given(tmp_path, name, tool):
     assert name != "tpu-vm.sh" or given[given.index("install") :][:4] == ["install", "-q", "--user", "uv"]
 
 
+@pytest.mark.parametrize("given", [[], ["--config.mesh.data=2"]])
+def test_flags_of_a_gpu_machine_can_be_parsed(tmp_path, given):
+    """Where a value of the config comes before the config, absl knows no such flag."""
+    folder = tmp_path / "experiments" / "launch"
+    folder.mkdir(parents=True)
+    shutil.copy(LAUNCH / "gpu.sh", folder)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").write_text(f"PATH={tmp_path}:$PATH")
+    tells = (
+        f'#!/bin/sh\n[ "$1" = -c ] && echo 1 && exit\nfor flag; do printf "%s\\0" "$flag" >>{tmp_path}/given; done\n'
+    )
+    for name in ("python", "pip"):
+        (tmp_path / name).write_text(tells.replace("given", "installed") if name == "pip" else tells)
+        (tmp_path / name).chmod(0o755)
+    flags = [f"--config={ROOT}/configs/shapes.py:quick", *given, f"--workdir={tmp_path / 'run'}"]
+    subprocess.run(["sh", folder / "gpu.sh", *flags], check=True, timeout=60)
+    found = (tmp_path / "given").read_text().split("\0")[:-1]
+    assert found[:2] == ["-m", "dit_video.train"] and found[2:-1] == flags
+    assert found[-1] == "--config.mesh.fsdp=1"
+    command = [sys.executable, *found, "--config.no_such_key=1"]  # which is told once all before it was parsed
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "the config has no such key: " in run.stderr and "no_such_key" in run.stderr
+
+
 SRUN = """#!/bin/sh
-# Two tasks of one node, as srun starts them.
+# Two tasks of one node, as srun starts them: the first that fails has the other killed.
 shift
-export SLURM_JOB_ID=$$ SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_LOCALID=0
+export SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 SLURM_STEP_NUM_NODES=1 SLURM_LOCALID=0
 SLURM_PROCID=1 "$@" & other=$!
-SLURM_PROCID=0 "$@" || exit $?
+SLURM_PROCID=0 "$@" || { code=$?; kill -9 $other; exit $code; }
 wait $other
 """
+
+
+@pytest.mark.parametrize(("codes", "ends", "goes_on"), [((75, 75), 0, True), ((0, 0), 0, False), ((1, 0), 1, False)])
+def test_a_slurm_job_that_was_stopped_goes_on(tmp_path, codes, ends, goes_on):
+    """Of those that save and leave none is killed by another's leaving, nor by the signal itself."""
+    stand_ins = {
+        "srun": SRUN,
+        "scontrol": '#!/bin/sh\necho "$@" >>asked\n',
+        # Both get SLURM's signal, which reaches their parents too; the second takes longer to leave.
+        "python": "#!/bin/sh\ntrap : TERM\nkill -TERM $PPID\nsleep $SLURM_PROCID\ntouch left-$SLURM_PROCID\n"
+        f"[ $SLURM_PROCID = 0 ] && exit {codes[0]}\nexit {codes[1]}\n",
+    }
+    for name, program in stand_ins.items():
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    env = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+    }
+    assert subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=env, timeout=60).returncode == ends
+    asked = (tmp_path / "asked").read_text().split() if (tmp_path / "asked").exists() else []
+    assert asked == (["requeue", "7"] if goes_on else [])
+    assert (tmp_path / "left-1").exists() == (codes[0] != 1) and not [*tmp_path.glob(".stopped*")]
 
 
 @pytest.mark.slow
@@ -127,7 +178,12 @@ def test_a_script_runs(tmp_path, name):
     """Two processes join, each with a device, and finish; one of them writes what is left."""
     flags = [f"--config.{key}={value}" for key, value in (TINY | {"steps": 3, "eval_every": 0}).items()]
     flags = [f"--config={ROOT}/configs/shapes.py", "--config.mesh.data=2", f"--workdir={tmp_path / 'run'}", *flags]
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "SLURM_SUBMIT_DIR": str(tmp_path)}
+    env = os.environ | {
+        "XLA_FLAGS": "",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "1",
+    }
     env["PATH"] = f"{tmp_path}:{pathlib.Path(sys.executable).parent}:{env['PATH']}"
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()

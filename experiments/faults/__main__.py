@@ -130,9 +130,14 @@ def missing(unbroken, once):
 
 
 def fallback(unbroken, once):
-    """The newest checkpoint bad, the newest two, all of them; then the same command."""
+    """The newest checkpoint bad, the newest two, all of them; or the newest without its sums; then the same command."""
 
-    def fall_back(folder, bad):
+    def lose_sums(checkpoint):
+        path = checkpoint / "SHA256SUMS"
+        path.unlink()
+        return path
+
+    def fall_back(folder, bad, spoil=spoil):
         run = copy_of(unbroken, folder)
         steps = sorted(run.glob("checkpoints/*"), reverse=True)
         spoilt = [spoil(path) for path in steps[:bad]]
@@ -141,18 +146,22 @@ def fallback(unbroken, once):
         assert f"from step {int(steps[bad].name)} " in printed, printed
         resume.assert_same(run, unbroken[1])
 
-    def refuse(folder):
+    def refuse(folder, spoil=spoil):
         run = copy_of(unbroken, folder)
         for path in run.glob("checkpoints/*"):
             spoil(path)
+        left = len(files_of(run / "checkpoints"))
         code, printed = resume.finish(run)
         assert code == 1 and "are all damaged" in printed and "Traceback" not in printed, printed
+        assert len(files_of(run / "checkpoints")) == left, "something was deleted"
 
     for bad in (1, 2):
         once(f"{bad} bad", lambda folder, bad=bad: fall_back(folder, bad))
         yield bad, "the next older one, the bad files named, the same at the end"
     once("all bad", refuse)
-    yield 3, "the next older one, the bad files named, the same at the end; all bad: exit code 1, nothing begun"
+    once("1 without sums", lambda folder: fall_back(folder, 1, lose_sums))
+    once("all without sums", lambda folder: refuse(folder, lose_sums))
+    yield 5, "the next older one, the bad files named, the same at the end; all bad: exit code 1, nothing begun"
 
 
 def disk(unbroken, once):

@@ -7,6 +7,8 @@
 #
 # TYPE=v5p-512 is the 256 chips of `--topology=v5p:4x8x8`; SLICES=2 takes two of them, with rows, shards and mesh.data
 # twice as many.
+# What ends with 75 (saved after SIGTERM) or 1 is started again, up to 100 times. A workload of the same NAME must be gone
+# before the line is typed again: xpk workload delete --cluster=mine --workload=NAME.
 # Not run: there was no cluster at hand. tests/test_launch_files.py runs it with a stand-in for xpk: the command that it
 # is given has the flags as they were given.
 set -eu
@@ -15,4 +17,5 @@ set -eu
 flags=$(for flag; do printf " '%s'" "$(printf %s "$flag" | sed "s/'/'\\\\''/g")"; done)
 exec xpk workload create --cluster="$CLUSTER" --workload="${NAME:-dit-video}" --docker-image="$IMAGE" \
     --tpu-type="${TYPE:-v5p-512}" --num-slices="${SLICES:-1}" --max-restarts=100 \
+    --restart-on-exit-codes=1,75 --termination-grace-period-seconds=300 \
     --command="python -m dit_video.train$flags"

@@ -6,11 +6,12 @@
 #
 # That is for 8 GPUs, which cut weights and rows: rows are a multiple of the GPUs. Type the command again to go on after
 # a stop.
-# Not run: there was no GPU at hand. The command itself is the one that runs on CPU.
+# Not run as it stands. tests/test_launch_files.py runs it with stand-ins for pip and for Python, which is asked what it
+# was given; the command itself runs on CPUs, and its step on one H200 (experiments/benchmarks).
 set -eu
 cd "$(dirname "$0")/../.."
 [ -d .venv ] || python3 -m venv .venv
 . .venv/bin/activate
 pip install -q -e '.[gpu]'
 gpus=$(python -c 'import jax; print(jax.device_count())')
-exec python -m dit_video.train --config.mesh.fsdp="$gpus" "$@"
+exec python -m dit_video.train "$@" --config.mesh.fsdp="$gpus"

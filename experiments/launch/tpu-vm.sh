@@ -22,7 +22,14 @@ flags=$(for flag; do printf " '%s'" "$(printf %s "$flag" | sed "s/'/'\\\\''/g")"
 on_all() {
     gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
 }
-gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" >/dev/null 2>&1 ||
+# A slice that was preempted is still listed, without machines.
+state=$(gcloud compute tpus tpu-vm describe "$NAME" --zone="$ZONE" --format='value(state)' 2>/dev/null || true)
+case $state in PREEMPTED | TERMINATED)
+    gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE" --quiet
+    state=
+    ;;
+esac
+[ -n "$state" ] ||
     gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
         --version="${RUNTIME:-v2-alpha-tpuv5}"
 git archive --format=tar.gz -o "$packed/dit_video.tar.gz" HEAD
