@@ -157,7 +157,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = 20  # steps between metrics
     config.eval_every = 1000  # steps between validation losses; 0 = never
     config.eval_batches = 4  # batches of the held-out stream
-    config.sample_every = 2000  # steps between galleries; 0 = at the end alone
+    config.sample_every = 2000  # steps between galleries; 0 = at the end alone, -1 = never
     config.checkpoint_every = 500  # steps
     config.keep = 3  # checkpoints
 

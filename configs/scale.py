@@ -30,5 +30,6 @@ def get_config(form="wan-14B"):
     m.position, m.qk_norm, m.predict = "rope", "width", "v"
     m.dtype, m.remat = "bfloat16", "full"
     config.optimizer.lr, config.optimizer.weight_decay = 1e-4, 0.1
+    config.sample_every = -1  # it is sampled from elsewhere: the first process may hold no whole model
     config.mesh.fsdp, config.mesh.sequence = d.rows, sequence
     return config

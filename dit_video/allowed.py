@@ -41,8 +41,7 @@ INTERVALS = {
     "[0, inf)": (
         "data.workers data.min_side codec.channels codec.tile text.depth text.tokens model.out_channels "
         "model.image_width model.pos_scale model.canvas_most model.window lora.rank lora.alpha flow.shift_tokens "
-        "optimizer.lr optimizer.text_lr optimizer.muon_lr optimizer.warmup optimizer.weight_decay eval_every "
-        "sample_every"
+        "optimizer.lr optimizer.text_lr optimizer.muon_lr optimizer.warmup optimizer.weight_decay eval_every"
     ),
     "(0, inf)": "data.fps model.level_scale model.rope_theta sample.shift",
     "(0, inf]": "optimizer.clip",
@@ -53,7 +52,7 @@ INTERVALS = {
     ),
     "[0, 1)": "data.drop optimizer.b1 optimizer.b2 optimizer.ema",
     "(0, 1]": "model.s_min",
-    "[-1, inf)": "mesh.data",
+    "[-1, inf)": "mesh.data sample_every",
     "(-inf, inf)": (
         "model.pos_offset flow.mean flow.deviation sample.guidance sample.guidance_given sample.history "
         "sample.history_given"

@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 
 SUMS = "SHA256SUMS"
 INCOMPLETE = "INCOMPLETE"
-PATIENCE = 3600  # seconds that the others wait while the first process hashes; a dead one is noticed long before
+PATIENCE = 4 * 3600  # seconds for writing, and for hashing while the others wait; a dead one is noticed long before
 _BARRIERS = itertools.count()  # a barrier's name serves once; all processes save in the same order
 
 
@@ -71,7 +71,7 @@ class Checkpoints:
         directory = os.fspath(directory)
         self.directory = epath.Path(directory if "://" in directory else os.path.abspath(directory))  # as orbax asks
         self._keep = keep
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=PATIENCE)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending = None  # the save under way
         self._step = None  # the step last saved or restored: saving it once more would add nothing

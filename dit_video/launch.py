@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 HEARTBEAT = 15  # seconds without a sign of life after which a process counts as dead, and all others end
 JOIN = 600.0  # seconds that a process waits for the others to come: the hosts of a pod come up minutes apart
+FAILED = "failed.txt"
 PATIENCE = 3600  # seconds that processes which are done wait for the first, which may be sampling the last gallery
 
 
@@ -203,6 +204,7 @@ def _share(workdir) -> None:
     path = workdir / f".joined-{token}"
     if first:
         workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / FAILED).unlink(missing_ok=True)
         path.touch()
     all_texts("left")
     # Where NFS remembers that there was no such folder, making it asks the server again.
@@ -232,12 +234,13 @@ def _appears(path) -> bool:
     return False
 
 
-def fail(error: Exception, expected: bool) -> None:
+def fail(error: Exception, expected: bool, workdir=None) -> None:
     """Ends the process with exit code 1 and the reason: a line if the error was `expected`, else its traceback too.
 
     One of several processes ends at once, without waiting for the others, who wait for it in some collective: its
-    closed connections, or at the latest its missing heartbeat, end them. Only what all of them raise lets them leave
-    together: so each has said it before another's end cuts it off.
+    closed connections, or at the latest its missing heartbeat, end them. The first leaves its reason in the workdir, in
+    FAILED, and the others say that too. Only what all of them raise lets them leave together: so each has said it
+    before another's end cuts it off.
     """
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, Disagreement):
@@ -248,6 +251,18 @@ def fail(error: Exception, expected: bool) -> None:
         raise error
     if not expected:
         traceback.print_exception(error)
-    print(f"{platform.node()} (pid {os.getpid()}) ends the run. {reason}", file=sys.stderr, flush=True)
+    tell(f"process {jax.process_index()}, {platform.node()} (pid {os.getpid()}) ends the run. {reason}", workdir)
     sys.stdout.flush()
     os._exit(1)
+
+
+def tell(reason: str, workdir=None) -> None:
+    """Prints why a process ends its run, on stderr; before it what another has left in the workdir, if it was first."""
+    first = reason
+    if workdir is not None:
+        path = epath.Path(workdir) / FAILED
+        with contextlib.suppress(Exception):  # what is told may be that nothing can be written there
+            if not path.exists():
+                path.write_text(reason)
+            first = path.read_text() or reason
+    print(reason if first == reason else f"{first}\n{reason}", file=sys.stderr, flush=True)

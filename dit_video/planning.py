@@ -40,13 +40,25 @@ class Topology:
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """A Topology from 'v5p:4x8x8'. Raises ValueError for another form or an unknown chip."""
+    """A Topology from 'v5p:4x8x8'. Raises ValueError for another form or an unknown chip.
+
+    GPUs lie in machines, each of which is a slice, as jax has it: 'h100:32' is four of them.
+    """
     kind, _, shape = text.partition(":")
     if kind not in CHIPS and kind != "cpu":
         raise ValueError(f"--topology={text}: {kind!r} is not known. Allowed: {', '.join(CHIPS)}, cpu.")
     if not shape or not all(n.isdecimal() and int(n) for n in shape.split("x")) or slices < 1:
         raise ValueError(f"--topology={text}, --slices={slices}: give CHIP:SHAPE, as v5p:4x8x8, and 1 slice or more.")
-    return Topology(kind, shape, slices, slices * math.prod(int(n) for n in shape.split("x")))
+    chips = math.prod(int(n) for n in shape.split("x"))
+    machine = CHIPS[kind].machine if kind in CHIPS else 0
+    if machine and chips > machine:
+        if chips % machine:
+            raise ValueError(
+                f"--topology={text}: a machine has {machine}. Nearest: {kind}:{-(-chips // machine) * machine}."
+            )
+        shape, slices = str(machine), slices * chips // machine
+        chips = machine
+    return Topology(kind, shape, slices, slices * chips)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +117,12 @@ def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
         raise ValueError(f"lora.rank={config.lora.rank}: plans are of runs that train all weights. Give 0.")
     check_config(config)
     asked, notes = parse_topology(topology, slices), []
+    slices = asked.slices
     devices, compiled_for = _devices(asked, notes)
+    if config.codec.kind == "latents":
+        notes.append("Latents are taken to be there: what encodes clips, its time and its memory, is not counted.")
+    elif config.codec.kind != "pixels":
+        notes.append("The autoencoder that encodes clips, on each process's first device, is not counted.")
     mesh = make_mesh(config.mesh, devices)
     if mesh.shape["data"] % slices:  # devices of the host have none, and make_mesh does not ask
         raise ValueError(f"mesh.data={mesh.shape['data']} must be a multiple of the {slices} slices there are.")
@@ -114,8 +131,11 @@ def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
         run = make_run(config, mesh)
         traced = trace_step(run, mesh)
         state = jax.eval_shape(run.init, jax.eval_shape(lambda: jax.random.key(0)))
-        slice_of = [getattr(d, "slice_index", 0) for d in mesh.devices.flat]
-        compiled, failure, sent = _compile(traced, compiled_for, quick, np.array(slice_of))
+        # Devices of the host have no slices: they are told apart as make_mesh lays slices out, along 'data'.
+        slice_of = np.arange(mesh.size) // (mesh.size // slices)
+        if compiled_for == "tpu":
+            slice_of = np.array([getattr(device, "slice_index", 0) for device in mesh.devices.flat])
+        compiled, failure, sent = _compile(traced, compiled_for, quick, slice_of)
 
         chip, per_chip = CHIPS.get(asked.kind), len(devices) // asked.chips
         flops = sum(p.flops for p in estimate.products(run, mesh))
@@ -194,8 +214,6 @@ def _devices(asked: Topology, notes: list[str]):
         notes.append("libtpu is not installed (pip install 'dit_video[plan]'): compiled for devices of the host.")
     elif asked.kind != "cpu":
         notes.append(f"There is no compiler for {asked.kind} here: compiled for devices of the host.")
-    if asked.slices > 1:
-        notes.append("Devices of the host have no slices: what goes between slices is not told apart.")
     if asked.kind != "cpu":
         notes.append("They are of one process: that the pod's processes divide data.shards is not checked.")
     devices = jax.devices("cpu")

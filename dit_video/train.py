@@ -39,12 +39,12 @@ def main(_):
     try:
         launch.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, JOIN.value)
         launch.prepare()
-        with watchdog.watch(PATIENCE.value):
+        with watchdog.watch(PATIENCE.value, functools.partial(launch.tell, workdir=WORKDIR.value)):
             trainer.train(CONFIG.value, WORKDIR.value, ALLOWED.value)
     except (ValueError, FloatingPointError, FileNotFoundError, CheckpointError) as error:
-        launch.fail(error, expected=True)
+        launch.fail(error, True, WORKDIR.value)
     except Exception as error:
-        launch.fail(error, expected=False)
+        launch.fail(error, False, WORKDIR.value)
 
 
 def run():

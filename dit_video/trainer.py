@@ -40,6 +40,7 @@ from dit_video.weights.files import Stored
 from dit_video.weights.native import read_weights
 
 MAX_BAD_STEPS = 10
+AT_ONCE = 2**28  # bytes of an array that each device comes to hold while it is gathered
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: saved after SIGTERM or SIGINT; the same command goes on
 
 
@@ -304,7 +305,8 @@ def _due(config, step: int) -> dict[str, bool]:
     final = step == config.steps
     at = lambda every: step > 0 and every > 0 and step % every == 0
     evaluating = at(config.eval_every) or (final and config.eval_every > 0)
-    return {"evaluating": evaluating, "sampling": final or at(config.sample_every), "final": final}
+    sampling = config.sample_every >= 0 and final or at(config.sample_every)
+    return {"evaluating": evaluating, "sampling": sampling, "final": final}
 
 
 def _undone(config, workdir, step: int) -> dict[str, bool]:
@@ -335,10 +337,25 @@ def _not_fatal(what: str):
 
 
 def _gathered(array) -> np.ndarray:
-    """A numpy copy of an array that may lie on several processes' devices; all processes call it."""
+    """A numpy copy of an array that may lie on several processes' devices; all processes call it.
+
+    Each device holds no more than AT_ONCE bytes of it meanwhile, or one entry of its first axis.
+    """
     if jax.process_count() == 1:
         return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
+    rows = max(AT_ONCE * len(array) // array.nbytes, 1) if array.ndim else 1
+    if array.ndim == 0 or rows >= len(array):
+        return multihost_utils.process_allgather(array, tiled=True)
+    whole = np.empty(array.shape, array.dtype)
+    for start in range(0, len(array), rows):
+        start = min(start, len(array) - rows)  # the last may begin in the one before
+        whole[start : start + rows] = multihost_utils.process_allgather(_rows(array, start, rows), tiled=True)
+    return whole
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _rows(array, start, count: int):
+    return jax.lax.dynamic_slice_in_dim(array, start, count)
 
 
 def _on_the_first(tree):

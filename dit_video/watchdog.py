@@ -65,13 +65,13 @@ def moved() -> None:
 
 
 @contextlib.contextmanager
-def watch(patience: float):
-    """Ends the process, with exit code 1 and the reason on stderr, once its phase has not moved for `patience` s.
+def watch(patience: float, tell=lambda reason: print(reason, file=sys.stderr, flush=True)):
+    """Ends the process, with exit code 1 and the reason given to `tell`, once its phase has not moved for `patience` s.
 
     For longer, where a `Phase` says so: in the start, and where it waits for others.
     """
     done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(patience, done), name="watchdog", daemon=True)
+    thread = threading.Thread(target=_watch, args=(patience, tell, done), name="watchdog", daemon=True)
     thread.start()
     try:
         yield
@@ -80,7 +80,7 @@ def watch(patience: float):
         thread.join()
 
 
-def _watch(patience: float, done: threading.Event) -> None:
+def _watch(patience: float, tell, done: threading.Event) -> None:
     seen, still = (None, 0), 0.0
     # Counted, not read from a clock: a process that was stopped as a whole (Ctrl-Z) has not been stuck in that time.
     while not done.wait(TICK):
@@ -89,17 +89,15 @@ def _watch(patience: float, done: threading.Event) -> None:
         seen, phase = now, now[0]
         limit = phase.times * max(patience, phase.least)
         if still >= limit:
-            _end(phase, limit, patience)
+            _end(phase, limit, patience, tell)
 
 
-def _end(phase: Phase, seconds: float, patience: float) -> None:
+def _end(phase: Phase, seconds: float, patience: float, tell) -> None:
     faulthandler.dump_traceback(file=sys.stderr)
     who = "" if _process is None else f"process {_process}, "
-    print(
+    tell(
         f"{who}{platform.node()} (pid {os.getpid()}) ends the run. For {seconds:g} s it has not got on with "
-        f"{phase.name!r} of step {phase.step}; above is where. If it only needs longer, raise --patience={patience:g}.",
-        file=sys.stderr,
-        flush=True,
+        f"{phase.name!r} of step {phase.step}; above is where. If it only needs longer, raise --patience={patience:g}."
     )
     for child in multiprocessing.active_children():  # a decoding worker that hangs would outlive this process
         child.kill()

@@ -30,8 +30,10 @@ def keep_all():
 
 def main():
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+    from dit_video import trainer
     from dit_video.train import run
 
+    trainer.AT_ONCE = 4096  # bytes: what is gathered from several processes comes in pieces, as of a large model
     keep_all()
     run()
 

@@ -232,6 +232,20 @@ def test_what_train_refuses_is_not_planned(changes, message):
         planning.plan(config_of(**changes), "cpu:8")
 
 
+def test_gpus_lie_in_machines():
+    """Each is a slice, as for `train`; what goes between them goes over their network."""
+    assert planning.parse_topology("h100:32") == planning.Topology("h100", "8", 4, 32)
+    assert planning.parse_topology("h100:4", 2) == planning.Topology("h100", "4", 2, 8)
+    with pytest.raises(ValueError, match="--topology=a100:12: a machine has 8. Nearest: a100:16"):
+        planning.parse_topology("a100:12")
+    with pytest.raises(ValueError, match="mesh.data=1 must be a multiple of the 2 slices"):
+        planning.plan(config_of(mesh__fsdp=8), "h100:4", slices=2)
+    planned = planning.plan(config_of(mesh__data=2, mesh__fsdp=4), "h100:4", slices=2)
+    assert {far for _, far in planned.sent} == {False, True} and planned.times["network"] > 0
+    between = sum(sent.sent for (_, far), sent in planned.sent.items() if far)
+    assert 0.5 < between / planned.memory["gradients"] < 2  # a device's part of the gradient, once
+
+
 def test_slices_divide_data():
     """With libtpu, and on devices of the host, which have no slices."""
     with pytest.raises(ValueError, match="mesh.data=1 must be a multiple of the 2 slices"):

@@ -5,6 +5,7 @@ Real processes of one CPU device each, joined over the loopback by the flags of 
 
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -252,7 +253,9 @@ def test_a_failure_of_one_ends_all(tmp_path):
     os.kill(children(both[1])[0], signal.SIGKILL)
     codes = ended(both, ENDS)
     assert codes[1] == 1 and codes[0] != 0
-    assert "ends the run." in printed(workdir, 1)
+    reason = "process 1, .* ends the run. RuntimeError: Worker process was terminated unexpectedly"
+    assert all(re.search(reason, printed(workdir, process)) for process in (0, 1))
+    assert re.match(reason, (workdir / "failed.txt").read_text())
 
 
 @pytest.mark.slow

@@ -379,6 +379,8 @@ def test_pictures_that_fail_do_not_end_a_run(tmp_path, monkeypatch, caplog, caps
     weights = (tmp_path / "weights.safetensors").stat().st_mtime_ns
     assert digest(train(config, tmp_path)) == digest(state)
     assert (tmp_path / "gallery" / "step_00000001" / "samples.json").exists()
+    assert [trainer._due(tiny({"sample_every": n, "steps": 4}), 4)["sampling"] for n in (-1, 0, 3)] == [0, 1, 1]
+    assert [trainer._due(tiny({"sample_every": n, "steps": 4}), 3)["sampling"] for n in (-1, 0, 3)] == [0, 0, 1]
     assert [list(line)[1] for line in read_metrics(tmp_path / "metrics.jsonl")] == ["loss", "validation"]
     assert (tmp_path / "weights.safetensors").stat().st_mtime_ns == weights, "what is there is not made again"
     capsys.readouterr()
