@@ -82,14 +82,24 @@ def unbroken(tmp_path_factory):
     return left_by(workdir)
 
 
-def preempt(workdir, role, **overrides):
-    """SIGTERM to one of two processes; the step that both have saved."""
+MOMENTS = {
+    "compilation": lambda workdir: "from step" in printed(workdir, 0),
+    "step": lambda workdir: complete(workdir) >= 3,
+    "save": lambda workdir: complete(workdir) >= 3 and writing(workdir),
+    "evaluation": lambda workdir: complete(workdir) >= 3,
+}
+
+
+def preempt(workdir, role, asked=signal.SIGTERM, moment="step", **overrides):
+    """A signal to one of two processes, at one of MOMENTS; the step that both have saved."""
+    if moment == "evaluation":  # nearly all of the time, then
+        overrides |= {"eval_every": 1, "eval_batches": 10}
     both = start(workdir, **overrides)
-    when(both, lambda: complete(workdir) >= 3)
-    both[role].send_signal(signal.SIGTERM)
+    when(both, lambda: MOMENTS[moment](workdir))
+    both[role].send_signal(asked)
     assert ended(both) == [75, 75], printed(workdir, role)
     stopped = complete(workdir)
-    assert 3 < stopped < 32 and not writing(workdir)
+    assert (3 if moment != "compilation" else 0) < stopped < 32 and not writing(workdir)
     said = (f"saved at step {stopped}", "elapsed")  # by the first alone
     assert [all(words in printed(workdir, i) for words in said) for i in (0, 1)] == [True, False]
     assert not any(words in printed(workdir, 1) for words in said)
@@ -242,6 +252,18 @@ def test_a_run_moves_from_eight_devices_to_one_and_back(tmp_path):
     for line, want in zip(lines, wanted):
         assert (line["step"], line["clips"]) == (want["step"], want["clips"])
         np.testing.assert_allclose(line["loss"], want["loss"], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_one_of_two_is_stopped_at_any_moment(tmp_path, unbroken, moment):
+    """By either signal; both save the same step, and go on from there as if nothing had happened."""
+    for role, asked in ((0, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGINT), (0, signal.SIGTERM)):
+        workdir = tmp_path / f"{asked.name}{role}"
+        preempt(workdir, role, asked, moment)
+    more = {"eval_every": 1, "eval_batches": 10} if moment == "evaluation" else {}
+    finish(workdir, **more)
+    assert left_by(workdir)["state"] == unbroken["state"]
 
 
 @pytest.mark.slow

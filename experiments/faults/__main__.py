@@ -10,6 +10,7 @@ take another WORKDIR. Exits with 1 where something was lost.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -278,15 +279,18 @@ def peers(unbroken, once):
 
 
 def preempted(unbroken, once):
-    """SIGTERM to one of two processes, each role."""
+    """SIGTERM and SIGINT to one of two processes, each role, in compilation, step, save and evaluation."""
 
-    def preempt(folder, role):
-        processes.preempt(folder / "run", role)
-        finish_both(folder / "run", unbroken)
+    def preempt(folder, role, asked, moment):
+        processes.preempt(folder / "run", role, asked, moment)
+        if moment == "step":
+            finish_both(folder / "run", unbroken)
 
-    for role in (0, 1):
-        once(f"process {role}", lambda folder, role=role: preempt(folder, role))
-        yield role + 1, "both saved the same step and ended with 75; resumed, the same"
+    rounds = itertools.product((0, 1), (signal.SIGTERM, signal.SIGINT), processes.MOMENTS)
+    for done, (role, asked, moment) in enumerate(rounds, start=1):
+        do = lambda folder, given=(role, asked, moment): preempt(folder, *given)
+        once(f"{asked.name} to process {role} in {moment}", do)
+        yield done, "both saved the same step and ended with 75; those of a step resumed, the same"
 
 
 def stalled(unbroken, once):
