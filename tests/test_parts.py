@@ -92,6 +92,9 @@ def test_what_is_given_is_put_back_and_only_that(name):
     lengths = [len(task.known_TxYxX) for task in tasks]
     assert max(lengths) <= (17 if request.task in ("paint", "edit") or request.context else 13)
     assert (len(tasks) > 1) == (name not in ("connect", "paint the middle"))
+    fps = {"interpolate": 32, "frame rate": 24}.get(name, 8)  # at which frames are laid out
+    for task in tasks:
+        np.testing.assert_allclose(np.diff(np.unique(task.piece.pos_nx3[:, 0])), 4 / fps)
 
 
 @pytest.mark.parametrize("name", [name for name in LONG if name not in ("connect", "interpolate", "frame rate")])
