@@ -76,7 +76,27 @@ def hang(workdir, process, patience=10):
         both[1 - process].wait()
     reason = rf"process {process}, .* ends the run\. For {patience} s .* with 'batch, shards {process}' of step \d+;"
     assert code == 1 and re.search(reason, printed(workdir, process)), printed(workdir, process)
-    assert "not got on" not in printed(workdir, 1 - process)
+    assert not re.search(rf"process {1 - process}, .* not got on", printed(workdir, 1 - process))
+    return seconds
+
+
+def hang_in_save(workdir, patience=5):
+    """A run of two that cannot complete a save; how many seconds after the one at fault the other had ended."""
+    rest = {"eval_every": 0, "checkpoint_every": 2, "steps": 100_000}
+    own = {i: [f"--patience={patience}"] for i in (0, 1)}
+    both = start(workdir, program=(STUCK, "0", "save"), own=own, **rest)
+    try:
+        assert ended(both[:1]) == [1], printed(workdir, 0)
+        began = time.monotonic()
+        assert ended(both[1:], ENDS)[0] != 0
+        seconds = time.monotonic() - began
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    reason = rf"process 0, .* ends the run\. For {2 * patience} s it has not got on with 'save' of step \d+;"
+    assert re.search(reason, printed(workdir, 0)), printed(workdir, 0)
+    assert re.search(reason, (workdir / "failed.txt").read_text())
     return seconds
 
 
@@ -85,6 +105,12 @@ def hang(workdir, process, patience=10):
 def test_data_that_hang_in_one_of_two_end_both(tmp_path, process):
     """A read that never returns: its process names itself, its shards and the step; the other ends within 30 s."""
     hang(tmp_path / "run", process)
+
+
+@pytest.mark.slow
+def test_a_save_that_hangs_ends_both(tmp_path):
+    """The process that cannot complete it names itself, first; the other, which waits for it, ends within 30 s."""
+    hang_in_save(tmp_path / "run")
 
 
 def stop_worker(workdir):

@@ -251,15 +251,13 @@ def stuck(unbroken, once):
 
 
 def hung(unbroken, once):
-    """Data that hang for ever in one of two processes, each role; --patience=10."""
+    """Data that hang for ever in one of two processes, each role; a save that does; --patience=10 and 5."""
     slowest = 0.0
-    for process in (0, 1):
-        do = lambda folder, process=process: watchdog.hang(folder / "run", process)
-        slowest = max(slowest, once(f"process {process}", do))
-        yield (
-            process + 1,
-            f"it named itself, its shards and the step; the other had ended {slowest:.1f} s later at most",
-        )
+    rounds = {f"process {i}": lambda folder, i=i: watchdog.hang(folder / "run", i) for i in (0, 1)}
+    rounds["save"] = lambda folder: watchdog.hang_in_save(folder / "run")
+    for done, (name, do) in enumerate(rounds.items(), start=1):
+        slowest = max(slowest, once(name, do))
+        yield done, f"it named itself, and where and at which step; the other had ended {slowest:.1f} s later at most"
 
 
 def peers(unbroken, once):
