@@ -56,12 +56,12 @@ def animate(i: int) -> Case:
     return _with(case, image_YxXx3=truth(case)[0])
 
 
-def extend(direction: str, new: int, rates) -> Callable[[int], Case]:
+def extend(direction: str, new: int, rates, frames: int = KNOWN) -> Callable[[int], Case]:
     first = -new if direction == "backward" else 0
-    known = slice(-first, KNOWN - first)
+    known = slice(-first, frames - first)
 
     def case_of(i):
-        at_T = np.arange(KNOWN + new) + first
+        at_T = np.arange(frames + new) + first
         case = _case(i, *world(i, rates), at_T, known, "extend", new_frames=new, direction=direction)
         return _with(case, videos=(truth(case)[known],))
 
@@ -90,10 +90,10 @@ def loop(given: bool) -> Callable[[int], Case]:
     return case_of
 
 
-def paint_in(i: int) -> Case:
-    """The first object is hidden, with a margin, by one box for the middle third of the frames."""
-    case = _case(i, *world(i), np.arange(FRAMES), slice(None), "paint")
-    middle = slice(KNOWN, FRAMES - KNOWN + 1)
+def paint_in(i: int, frames: int = FRAMES, hidden: int = FRAMES // 3) -> Case:
+    """The first object is hidden, with a margin, by one box for some frames in the middle."""
+    case = _case(i, *world(i), np.arange(frames), slice(None), "paint")
+    middle = slice((frames - hidden) // 2 + 1, (frames - hidden) // 2 + 1 + hidden)
     touched_TxYxX = objects_pixels(case, (0,))[middle]
     rows, columns = np.flatnonzero(touched_TxYxX.any((0, 2))), np.flatnonzero(touched_TxYxX.any((0, 1)))
     box = (slice(max(n[0] - MARGIN, 0), n[-1] + 1 + MARGIN) for n in (rows, columns))
@@ -127,6 +127,14 @@ def interpolate(i: int) -> Case:
     """Every second frame is given."""
     case = _case(i, *world(i), np.arange(FRAMES), slice(None, None, 2), "interpolate", factor=2)
     return _with(case, videos=(truth(case)[::2],))
+
+
+def interpolate_long(i: int) -> Case:
+    """A clip at four times its frame rate."""
+    scene, width, height, fps = world(i)
+    at_T = np.arange(4 * FRAMES - 3)
+    case = _case(i, scene, width, height, 4 * fps, at_T, slice(None, None, 4), "interpolate", factor=4)
+    return _with(case, videos=(truth(case)[::4],))
 
 
 def _case(i, scene, width, height, fps, at_T, known, task, **fields) -> Case:

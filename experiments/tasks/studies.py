@@ -112,6 +112,25 @@ STUDIES = {
         (figures.identity, figures.path(2)),
         {"colour": Goal(least=0.9)} | near(2),
     ),
+    # Longer than what was trained on, in parts.
+    "extend a long video": Study(
+        "25 frames at 8 or 12 a second, 16 more forward",
+        figures.extend("forward", 16, (8, 12), frames=25),
+        (figures.identity, figures.path(1.5)),
+        UNCHANGED | dict.fromkeys(("colour", "shape", "motion"), Goal()) | {"path error": Goal("{:.2f} px")},
+    ),
+    "paint in a long video": Study(
+        "an object hidden in 8 frames of 49",
+        functools.partial(figures.paint_in, frames=49, hidden=8),
+        (figures.path(2, objects=1), figures.background),
+        near(2) | {"background error": Goal("{:.3f}", most=0.05)},
+    ),
+    "interpolate to 49 frames": Study(
+        "every fourth of them, at 32 or 48 a second",
+        figures.interpolate_long,
+        (figures.path(2), figures.background),
+        {"path error": Goal("{:.2f} px"), "path within 2 px": Goal(), "background error": Goal("{:.3f}")},
+    ),
     "interpolate": Study(
         "every second of 13 frames",
         figures.interpolate,
