@@ -197,7 +197,7 @@ def main(argv):
             one.request.fps,
             one.request.prompt,
             one.request.seed,
-            {"task": one.fields["task"], **how, **made_by, "request": one.fields | scale},
+            {"task": one.fields["task"], **how, **scale, **made_by, "request": one.fields | scale},
         )
         for one, scale, video in zip(wanted, scales, videos)
     ]

@@ -117,10 +117,10 @@ def test_wrong_sampling_flags(weights, tmp_path, given, message):
 
 
 def test_a_folder_that_cannot_be_written_to(weights, tmp_path):
-    """Is found before anything is sampled: even before a size that cannot be."""
+    """Is found before anything is sampled: even before a length that cannot be."""
     (tmp_path / "file").write_text("")
     for save in ("all", "latents"):
-        given = [f"--weights={weights}", "--prompt=a", "--size=50x32", f"--save={save}"]
+        given = [f"--weights={weights}", "--prompt=a", "--frames=10", f"--save={save}"]
         with pytest.raises(SystemExit, match=r"--out=\S+/out cannot be written to \(Not a directory\): give a folder"):
             sample_here(*given, f"--out={tmp_path / 'file' / 'out'}")
 
