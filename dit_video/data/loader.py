@@ -348,7 +348,8 @@ def _start_worker(prefix: str, index: int, count: int) -> None:
         shared_memory._SHM_NAME_PREFIX = f"/{prefix}"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _daemon(_leave, LONGEST_SAVE, prefix))
-    _daemon(lambda: (multiprocessing.parent_process().join(), _leave(0, prefix)))
+    # A few seconds later all that is made ahead has been made, and no more comes to be while it is removed.
+    _daemon(lambda: (multiprocessing.parent_process().join(), _leave(3, prefix)))
 
 
 def _daemon(function: Callable, *given) -> None:
