@@ -157,12 +157,13 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
         )
     how, layout, level_K = _prepare(requests, trained, settings)
 
-    rolled, causal, clips = {}, {}, []
+    rolled, causal, clips, ready = {}, {}, [], {}
     for i, request in enumerate(requests):
         with _naming(i):
             if task_of(request) != "rollout":
                 clips.append(i)
-                _rehearse(i, request, layout, level_K, trained.config.data.max_tokens)
+                first = _rehearse(i, request, layout, level_K, trained.config.data.max_tokens)
+                ready |= {(i, j): task for j, task in enumerate(first)}
             elif request.causal:
                 _check_causal(trained.config, scales_of(request, how)[1])
                 causal[i] = start_causal(request, layout, level_K)
@@ -177,7 +178,8 @@ def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[
         return dict(zip(tasks, latents))
 
     def make(parts: dict) -> dict:
-        tasks = {key: TASKS[task_of(part)](part, layout, level_K) for key, part in parts.items()}
+        lay = lambda part: TASKS[task_of(part)](part, layout, level_K)
+        tasks = {key: ready.pop(key) if key in ready else lay(part) for key, part in parts.items()}
         return {key: finish(tasks[key], to_uint8(layout.codec.decode(x))) for key, x in solve(tasks, parts).items()}
 
     videos = _make_parts({i: in_parts(requests[i], layout) for i in clips}, make)
@@ -208,17 +210,18 @@ def _naming(index: int):
         raise RequestError(str(error), index) from error
 
 
-def _rehearse(index: int, request: Request, layout: Layout, level_K, trained_on: int) -> None:
+def _rehearse(index: int, request: Request, layout: Layout, level_K, trained_on: int) -> list[Task]:
     """Lays out all of a request's parts, each after what was given instead of what will be made, for their errors, and
-    logs what there is to tell.
+    logs what there is to tell. Returns the first of them, which stay as they are.
     """
-    parts, counts, largest, answers = in_parts(request, layout), [], None, None
+    parts, counts, first, largest, answers = in_parts(request, layout), [], [], None, None
     with contextlib.suppress(StopIteration):
         while True:
-            asked, answers = parts.send(answers), []
+            asked, beginning, answers = parts.send(answers), answers is None, []
             for part in asked:
                 task = TASKS[task_of(part)](part, layout, level_K)
                 counts.append(seen(task, layout))
+                first += [task] * beginning
                 largest = task if largest is None or task.grid.size > largest.grid.size else largest
                 answers.append(finish(task, task.given_TxYxXx3))
     words = [f"made in {len(counts)} parts"] if len(counts) > 1 and request.videos else []
@@ -226,6 +229,7 @@ def _rehearse(index: int, request: Request, layout: Layout, level_K, trained_on:
     if words:
         logging.warning("request %d, %s: %s.", index, task_of(request), "; ".join(words))
     _warn_of_large(index, request, largest, layout, trained_on)
+    return first
 
 
 def _make_parts(parts: dict[int, Parts], make) -> dict[int, np.ndarray]:

@@ -81,8 +81,7 @@ def _paint(request: Request, layout: Layout) -> Parts:
     st, W = layout.codec.stride[0], window_of(request, layout)
     if len(request.videos[0]) <= W:
         return (yield from _whole(request))
-    video_FxYxXx3, new_FxYxX = on_canvas(request, layout)
-    video_FxYxXx3, new_FxYxX, k = video_FxYxXx3.copy(), new_FxYxX.copy(), 0
+    (video_FxYxXx3, new_FxYxX), k = on_canvas(request, layout), 0
     while (touched_F := new_FxYxX.any((1, 2))).any():
         start, end = _window_around(touched_F, W, st)
         mask_TxYxX = None if new_FxYxX[start:end].all() and task_of(request) == "edit" else new_FxYxX[start:end]
