@@ -56,7 +56,12 @@ def sample_level(key, shape, distribution: str, mean: float, deviation: float):
     raise ValueError(f"flow.distribution={distribution!r} is not known. Allowed: 'uniform', 'logit_normal', 'mode'.")
 
 
-def draw_levels(key, patches: Patches, config):
+def first_late_step(config) -> int:
+    """The step of a run from which on the keys hold whose names begin with `late_`."""
+    return config.steps - int(config.late * config.steps)
+
+
+def draw_levels(key, patches: Patches, config, late=None):
     """Levels for training: patches with level_BxG (and groups) drawn, and the loss weight_BxG of each group.
 
     Each clip draws from fold_in(key, its name), so its levels do not depend on what it is packed with. Shares of the
@@ -67,10 +72,18 @@ def draw_levels(key, patches: Patches, config):
     its first group (known) and its second (not), of those that it has. Raises ValueError for shares that are none.
     A share of the videos, `config.causal_share`, is frame-causal instead: block_BxN says so, the first 0 ... T - 1
     latent frames are known, and each other has a level of its own, as in a roll-out frame by frame.
+    late: whether `config.late_mixture` holds instead, a bool that may be traced; None = it never does.
     """
-    shares = [config.mixture[kind] for kind in KINDS]
-    if min(shares) < 0 or sum(shares) > 1 + 1e-6:
-        raise ValueError(f"flow.mixture's shares {shares} sum to {sum(shares):g}. Give shares from 0, that sum to 1.")
+    mixtures = {"mixture": config.mixture} | ({} if late is None else {"late_mixture": config.late_mixture})
+    shares = {name: [mixture[kind] for kind in KINDS] for name, mixture in mixtures.items()}
+    for name, of in shares.items():
+        if min(of) < 0 or sum(of) > 1 + 1e-6:
+            raise ValueError(f"flow.{name}'s shares {of} sum to {sum(of):g}. Give shares from 0, that sum to 1.")
+    # Of kinds without a share nothing is traced: what would be drawn for them costs nothing.
+    drawn = [i for i in range(len(KINDS)) if any(of[i] for of in shares.values())]
+    until_k = jnp.cumsum(jnp.array(shares["mixture"]))
+    if late is not None:
+        until_k = jnp.where(late, jnp.cumsum(jnp.array(shares["late_mixture"])), until_k)
     seg_BxG, frame_BxG = patches.seg_BxG, group_frames(patches)
 
     def draw(uid, frame):
@@ -87,7 +100,7 @@ def draw_levels(key, patches: Patches, config):
     level_BxG, own_BxG, coin_BxG, u_BxGxj = jax.vmap(jax.vmap(draw))(patches.clip_BxG, frame_BxG)
     same_BxGxG = (seg_BxG[:, :, None] == seg_BxG[:, None, :]) & (seg_BxG != 0)[:, None, :]
     count_BxG = same_BxGxG.sum(-1)  # latent frames of the clip
-    kind_BxG = jnp.searchsorted(jnp.cumsum(jnp.array(shares)), coin_BxG, side="right")
+    kind_BxG = jnp.searchsorted(until_k, coin_BxG, side="right")
     kind_BxG = jnp.where(count_BxG > 1, kind_BxG, len(KINDS))
     if config.causal_share:
         coin_BxGx2 = _causal_coins(key, patches)
@@ -96,20 +109,18 @@ def draw_levels(key, patches: Patches, config):
         level_BxG = jnp.where(causal_BxG, own_BxG, level_BxG)
         causal_BxN = jnp.take_along_axis(causal_BxG, patches.group_BxN, 1) & (patches.seg_BxN != 0)
         patches = dataclasses.replace(patches, block_BxN=jnp.where(causal_BxN, patches.frame_BxN + 1, 0))
-    if config.mixture.forcing:
+    if KINDS.index("forcing") in drawn:
         level_BxG = jnp.where(kind_BxG == KINDS.index("forcing"), own_BxG, level_BxG)
     if config.shift_tokens:
         same_BxGxN = seg_BxG[:, :, None] == patches.seg_BxN[:, None, :]
         level_BxG = shift_level(level_BxG, jnp.sqrt(same_BxGxN.sum(-1) / config.shift_tokens))
-    if config.mixture.box:
+    if KINDS.index("box") in drawn:
         patches = _cut_boxes(patches, kind_BxG == KINDS.index("box"), jnp.argmax(same_BxGxG, -1), count_BxG, u_BxGxj)
-    # Of kinds without a share nothing is traced: what would be drawn for them costs nothing.
-    drawn = [i for i, share in enumerate(shares) if share]
     known_BxG = _known_frames(drawn, kind_BxG, frame_BxG, count_BxG, u_BxGxj) | (seg_BxG == 0)
     if config.causal_share:
         known_BxG |= causal_BxG & (frame_BxG < jnp.floor(coin_BxGx2[..., 1] * count_BxG))
     least_BxG = jnp.zeros_like(level_BxG)
-    if config.mixture.light:
+    if KINDS.index("light") in drawn:
         least_BxG = jnp.where(kind_BxG == KINDS.index("light"), config.light * u_BxGxj[..., 8], 0)
     level_BxG = jnp.where(known_BxG, least_BxG, level_BxG)
     # A level of 0.1 alone would weigh 100 times one of 1 in the gradient of x, and hide what is learnt there.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from dit_video.codecs import make_codec
-from dit_video.flow import BUCKETS, corrupt, draw_levels, loss_sums, named_key, patch_noise, per_patch
+from dit_video.flow import BUCKETS, corrupt, draw_levels, first_late_step, loss_sums, named_key, patch_noise, per_patch
 from dit_video.model import block_parameters, make_model
 from dit_video.patches import Batch, Cond, Patches
 from dit_video.sharding import along, check_layout
@@ -85,7 +85,8 @@ class Run:
     """The pure functions of a config, before any device is touched.
 
     init(key) -> State. whole(params, frozen) -> {'text', 'dit'}: what is trained and what is not, as one.
-    sums(params, batch, key, frozen) -> gradient of the loss' sum, sums: what data parallel forms add up.
+    sums(params, batch, key, frozen, late) -> gradient of the loss' sum, sums: what data parallel forms add up; late:
+    whether the keys that are named `late_` hold.
     update(state, gradient, sums) -> state, metrics, from global sums. step(state, batch, key) is both. evaluate(params,
     batch, key, frozen) -> sums at fixed levels.
     """
@@ -153,9 +154,10 @@ def make_run(config, mesh=None) -> Run:
             weight_BxN *= jnp.square(1 - level_BxN)
         return loss_sums(v_BxNxP, target_BxNxP, weight_BxN, level_BxN)
 
-    def loss(params, batch: Batch, key, frozen):
+    def loss(params, batch: Batch, key, frozen, late):
         params = whole(params, frozen)
-        patches, weight_BxG = draw_levels(named_key(key, "levels"), batch.patches, config.flow)
+        late = late if config.late else None
+        patches, weight_BxG = draw_levels(named_key(key, "levels"), batch.patches, config.flow, late)
         drop_BxS = drop_prompts(named_key(key, "text"), batch, config.text.dropout)
         sums = errors(params, batch, patches, weight_BxG, key, drop_BxS)
         # What is real of the batch is counted where all of it is: each process has its own rows alone.
@@ -172,17 +174,17 @@ def make_run(config, mesh=None) -> Run:
         weight_BxG = (p.seg_BxG != 0).astype(jnp.float32)
         return errors(params, batch, patches, weight_BxG, key, jnp.zeros(batch.prompt_BxS.shape, bool))
 
-    def gradient_sums(params, batch: Batch, key, frozen=None):
+    def gradient_sums(params, batch: Batch, key, frozen=None, late=False):
         """Sums over the batch, in config.optimizer.accumulate parts one after the other."""
         parts = config.optimizer.accumulate
         gradient = jax.grad(loss, has_aux=True)
         if parts == 1:
-            return gradient(params, batch, key, frozen)
+            return gradient(params, batch, key, frozen, late)
         # Every parts-th row, so that each part still has rows on every device.
         split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
-        one = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], split), key, frozen)
+        one = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], split), key, frozen, late)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), one)
-        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, part, key, frozen)), None)
+        add = lambda total, part: (jax.tree.map(jnp.add, total, gradient(params, part, key, frozen, late)), None)
         return jax.lax.scan(add, zeros, split)[0]
 
     def update(state: State, gradient, sums):
@@ -208,7 +210,8 @@ def make_run(config, mesh=None) -> Run:
         return state, sums | {"gradient_norm": norm, "bad_steps": bad, "bad_total": state.bad_total}
 
     def step(state: State, batch: Batch, key):
-        gradient, sums = gradient_sums(state.params, batch, jax.random.fold_in(key, state.step), state.frozen)
+        key, late = jax.random.fold_in(key, state.step), state.step >= first_late_step(config)
+        gradient, sums = gradient_sums(state.params, batch, key, state.frozen, late)
         return update(state, gradient, sums)
 
     return Run(config, codec, text, model, optimizer, init, whole, gradient_sums, update, step, evaluate)

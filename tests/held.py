@@ -1,8 +1,8 @@
 """python tests/held.py OUT, and the flags of dit_video.train: trains, and writes down what the process holds.
 
-A line of JSON in OUT after each validation, when no step is under way. In use is what was allocated and not freed, by
-glibc's own count (mallinfo2, glibc 2.33): resident memory has, beside it, what the allocator keeps of what was freed,
-which varies by tens of MB, and in which a leak may hide for long.
+A line of JSON in OUT after each validation, when neither a step nor a save is under way. In use is what was allocated
+and not freed, by glibc's own count (mallinfo2, glibc 2.33): resident memory has, beside it, what the allocator keeps of
+what was freed, which varies by tens of MB, and in which a leak may hide for long.
 """
 
 import ctypes
@@ -41,18 +41,25 @@ def held():
 
 def main():
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+    from dit_video.checkpoint import Checkpoints
     from dit_video.metrics import MetricsWriter
     from dit_video.train import run
 
-    out, write = sys.argv.pop(1), MetricsWriter.write
+    out, write, save, saving = sys.argv.pop(1), MetricsWriter.write, Checkpoints.save, []
+
+    def save_and_keep(checkpoints, *given, **named):
+        saving[:] = [checkpoints]
+        save(checkpoints, *given, **named)
 
     def write_and_look(writer, step, metrics):
         write(writer, step, metrics)
         if "validation" in metrics:
+            for checkpoints in saving:
+                checkpoints.wait()
             with open(out, "a") as file:
                 file.write(json.dumps({"step": step} | held()) + "\n")
 
-    MetricsWriter.write = write_and_look
+    MetricsWriter.write, Checkpoints.save = write_and_look, save_and_keep
     run()
 
 

@@ -24,7 +24,7 @@ WRONG = {
     "config.steps=3": ["'config.steps=3' is no flag", "--config.steps=100"],
     "--config=configs/shape.py": ["configs/shape.py", "No such file or directory"],
     "--config=configs/dit.py:M/2": ["form 'M/2' is not known", "S/2, S/4, S/8, B/2"],
-    "--config=configs/shapes.py:qick": ["form 'qick' is not known", "long, quick, tasks, tasks-more"],
+    "--config=configs/shapes.py:qick": ["form 'qick' is not known", "long, quick, tasks."],
     "--config.model.text=croos": ["model.text='croos' is not known. Did you mean 'cross'? Allowed: 'none', 'pooled'"],
     "--config.model.modulation=shred": ["model.modulation='shred'", "Did you mean 'shared'?"],
     "--config.model.level_direction=nois": ["model.level_direction='nois'", "Did you mean 'noise'?"],
@@ -175,7 +175,7 @@ def changed(name, number):
 
 
 SHIPPED = (
-    *(shapes.get_config(form) for form in ("long", "quick", "tasks", "tasks-more")),
+    *(shapes.get_config(form) for form in ("long", "quick", "tasks")),
     *(clips.get_config(), base.get_config(), dit.get_config(), sit.get_config()),
     *(latte.get_config(), latte.get_config("S/2:101")),
     *(scale.get_config(form) for form in scale.SIZES),

@@ -252,6 +252,17 @@ def mixture_config(shares):
     return settings
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_late_steps_draw_from_the_late_mixture(late):
+    """The same levels, weights and groups as a run has whose only mixture it is."""
+    both = mixture_config({"first": 0.5, "box": 0.3})
+    both.late_mixture.update({"ends": 0.3, "light": 0.2, "forcing": 0.3})
+    one = mixture_config(both.late_mixture.to_dict() if late else both.mixture.to_dict())
+    drawn = jax.jit(lambda patches, late: flow.draw_levels(KEY, patches, both, late))(lay(ROWS)[0].patches, late)
+    wanted = jax.jit(lambda patches: flow.draw_levels(KEY, patches, one))(lay(ROWS)[0].patches)
+    jax.tree.map(np.testing.assert_array_equal, drawn, wanted)
+
+
 FRAME_SETS = {  # of 5 latent frames, all the sets that may be known
     "first": [{0}],
     "prefix": [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}],

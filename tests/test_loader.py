@@ -157,6 +157,59 @@ def test_what_was_planned_is_what_is_packed(open_loader):
         assert all(set(p.tolist()) - {0} == set(s.tolist()) - {0} for p, s in zip(batch.prompt_BxS, seg_BxN))
 
 
+def test_late_steps_have_clips_of_the_late_source(open_loader):
+    """Late from row 6 of a shard on: what is read from then on, and only that, has two objects; resumed too."""
+    config = small_config(shards=2, rows=4)
+    config.steps, config.late, config.data.pair_share, config.data.late_pair_share = 8, 0.625, 0.0, 1.0
+    loader = open_loader(config, words.tokenise, CODEC)
+    early, late = (dataclasses.replace(make_source(config), pair_share=share) for share in (0.0, 1.0))
+    pairs = []
+    for step in range(8):
+        state = json.loads(json.dumps(loader.get_state()))
+        batch = next(loader)
+        again = open_loader(config, words.tokenise, CODEC)
+        again.set_state(state)
+        assert_same([next(again)], [batch])
+        seen = set(uids(batch))
+        for v, before in state.items():
+            read = range(before["place"], loader.get_state()[v]["place"])
+            numbers = {place: loader._plan.order[place * 2 + int(v)] for place in [*before["waiting"], *read]}
+            for place, index in numbers.items():
+                if early[index].uid in seen:  # the name, of the index alone, is the same in both
+                    first = loader.get_state()[v]["late"]
+                    source = late if first is not None and place >= first else early
+                    captions = captions_of(batch, source[index].uid)
+                    assert captions == [words.tokenise(source[index].caption).tolist()]
+                    pairs.append((step, source is late))
+    assert not any(is_late for step, is_late in pairs if step < 3)
+    assert np.mean([is_late for step, is_late in pairs if step > 4]) > 0.5
+    assert {s["late"] is not None for s in loader.get_state().values()} == {True}
+
+
+def captions_of(batch, uid):
+    """The ids of the prompts of the clips of this name in a batch."""
+    found = []
+    for b, g in zip(*np.nonzero((batch.patches.clip_BxG == uid) & (batch.patches.seg_BxG > 0))):
+        if starts(batch.patches.seg_BxG[b], g):
+            found.append(batch.ids_BxSxK[b, batch.prompt_BxS[b] == batch.patches.seg_BxG[b, g]].tolist())
+    return found
+
+
+def test_a_longer_run_is_late_later(open_loader):
+    """The state of a run of 4 steps, the last of them late, in one of 400."""
+    config = small_config(shards=1, rows=1)
+    config.steps, config.late, config.data.pair_share, config.data.late_pair_share = 4, 0.25, 0.0, 1.0
+    loader = open_loader(config, words.tokenise, CODEC)
+    draw(loader, 4)
+    state = loader.get_state()
+    assert state["0"]["late"] is not None
+    config.steps = 400
+    longer = open_loader(config, words.tokenise, CODEC)
+    longer.set_state(state)
+    draw(longer, 1)
+    assert longer.get_state()["0"]["late"] is None
+
+
 def test_a_packed_clip_is_the_sources_own(open_loader):
     """Out of its row and through the codec comes the video, to the bit, with its caption and its times."""
     config = small_config(shards=1, rows=1)
@@ -522,9 +575,9 @@ def drawn_clips(tmp_path_factory):
 
 
 def start_on_two_folders(workdir, *folders):
-    own = {i: [f"--config.data.root={folder}"] for i, folder in enumerate(folders)}
+    """Both are given data.root='.', where each finds its own."""
     rest = {"steps": 3, "log_every": 1, "eval_every": 0, "checkpoint_every": 3}
-    return start(workdir, own=own, **FOLDER, **rest)
+    return start(workdir, folders=dict(enumerate(folders)), **FOLDER, **rest, **{"data.root": "."})
 
 
 @pytest.mark.slow

@@ -30,19 +30,23 @@ BARE = {"eval_every": 0}  # where no validation is tested
 ENDS = 30  # seconds within which the others must have ended, once one is dead
 
 
-def start(workdir, count=2, program=CACHED, own=None, **overrides):
-    """The train command (`cached.py`), `count` times, and `own` flags {I: [...]}; what each prints: WORKDIR.I.log."""
+def start(workdir, count=2, program=CACHED, own=None, folders=None, **overrides):
+    """The train command (`cached.py`), `count` times, and `own` flags {I: [...]}; what each prints: WORKDIR.I.log.
+
+    folders: {I: where process I is started}, as hosts have each its own disk under the same paths.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         joined = [f"--coordinator=localhost:{probe.getsockname()[1]}", f"--num_processes={count}"]
     flags = [f"--config.{key}={value}" for key, value in (TINY | RUN | overrides).items()]
-    command = [sys.executable, *program, "--config=configs/shapes.py", f"--workdir={workdir}", *flags]
+    command = [sys.executable, *program, f"--config={ROOT}/configs/shapes.py", f"--workdir={workdir}", *flags]
     processes = []
     for i in range(count):
         more = ([*joined, f"--process_id={i}"] if count > 1 else []) + (own or {}).get(i, [])
         with open(f"{workdir}.{i}.log", "a") as log:
             env = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-            processes.append(subprocess.Popen([*command, *more], env=env, cwd=ROOT, stdout=log, stderr=log))
+            cwd = (folders or {}).get(i, ROOT)
+            processes.append(subprocess.Popen([*command, *more], env=env, cwd=cwd, stdout=log, stderr=log))
     return processes
 
 

@@ -350,7 +350,7 @@ def test_a_killed_worker_ends_the_run(tmp_path, unbroken):
 def resources(workdir, steps, **overrides):
     """What a run of so many steps holds after a fifth of them, and near the end.
 
-    The median of five looks each: a checkpoint may be under way, or rows made ahead just used up.
+    The median of five looks each: rows made ahead may have just been used up.
     """
     part, out = steps // 20, pathlib.Path(f"{workdir}.held.jsonl")
     every = {"log_every": part, "checkpoint_every": part, "eval_every": part}

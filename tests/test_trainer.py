@@ -230,6 +230,24 @@ def test_packed_equals_alone(small):
 # What is drawn.
 
 
+def test_the_last_share_of_the_steps_is_late():
+    """Steps 3 and 4 of 4, exactly, have all prefixes known: less of each batch weighs. In two parts too."""
+    keys = {
+        "steps": 4,
+        "late": 0.5,
+        "flow.mixture.first": 0.0,
+        "flow.late_mixture.prefix": 1.0,
+        "flow.weight_floor": 0.0,
+    }
+    run = make_run(tiny(keys | {"data.still_share": 0.0, "optimizer.accumulate": 2}))
+    key, batch = jax.random.key(1), first_batches(run, 1)[0]
+    state, step, shares = run.init(key), jax.jit(run.step), []
+    for _ in range(4):
+        state, sums = step(state, batch, key)
+        shares.append(float(sums["weight"] / sums["patches"]))
+    assert shares[:2] == [1, 1] and max(shares[2:]) < 0.8, shares
+
+
 def names_batch(batch, uid_BxG):
     """A batch whose every group is a clip of its own, of two text tokens."""
     B, G = uid_BxG.shape

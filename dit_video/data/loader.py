@@ -37,6 +37,7 @@ from dit_video.codecs import Pixels, check_frames, to_float
 from dit_video.data.clips import ClipsSource
 from dit_video.data.decode import MediaError
 from dit_video.data.shapes import ShapesSource
+from dit_video.flow import first_late_step
 from dit_video.patches import Batch, Clip, Piece, choose, lay_out, leave_out, pack, visible
 
 AHEAD = 2  # batches that a thread or worker holds ready
@@ -55,7 +56,8 @@ class Plan:
     """All that decides what the rows hold. Worker processes get a pickle of it.
 
     indices: the source's clips that an epoch goes through; rows: of one shard. drop: least and most share of a clip's
-    patches that is left out, in a shard's first `dropping` rows.
+    patches that is left out, in a shard's first `dropping` rows. late_source: where clips come from once a shard has
+    made `late_from` rows; None: from `source` always.
     """
 
     source: ShapesSource | ClipsSource
@@ -72,6 +74,12 @@ class Plan:
     waiting: int
     drop: tuple[float, float] = (0.0, 0.0)
     dropping: int = 0
+    late_source: ShapesSource | None = None
+    late_from: int = 0
+
+    def is_late(self, row: int) -> bool:
+        """Whether what is read for a shard's row of this number comes from the late source."""
+        return self.late_source is not None and row >= self.late_from
 
     @functools.cached_property
     def order(self) -> grain.MapDataset:
@@ -86,6 +94,7 @@ class Waiting:
     """A clip that waits for its row. place: in its shard's order; size: patches, text tokens and groups.
 
     visible_k: which patches are not left out, and visible_size: it with these alone, while patches are left out.
+    source: what it is read from.
     """
 
     place: int
@@ -95,6 +104,7 @@ class Waiting:
     size: tuple[int, int, int]
     visible_k: np.ndarray
     visible_size: tuple[int, int, int]
+    source: ShapesSource | ClipsSource
 
 
 def make_source(config, split: str = "train", cache=None, scanned: bool = False):
@@ -216,7 +226,10 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
         waiting=data.waiting,
         drop=(low, high),
         dropping=steps * (data.rows // data.shards),
+        late_from=first_late_step(config) * (data.rows // data.shards),
     )
+    if data.kind == "shapes" and split == "train" and config.late:
+        plan = dataclasses.replace(plan, late_source=dataclasses.replace(source, pair_share=data.late_pair_share))
     require_same_clips(plan)
     own = data.shards // process_count
     return Loader(plan, range(process_index * own, (process_index + 1) * own), data.workers)
@@ -263,7 +276,7 @@ class Loader:
                 f"Choose at most {len(shards)}, or more data.shards."
             )
         self._plan, self._shards, self._workers = plan, tuple(shards), workers
-        self._states = {str(v): {"place": 0, "waiting": [], "skipped": 0, "row": 0} for v in shards}
+        self._states = {str(v): {"place": 0, "waiting": [], "skipped": 0, "row": 0, "late": None} for v in shards}
         self._parts = []  # (shards, iterator)
         self._memory = f"dv{secrets.token_hex(2)}_"  # what its workers' shared memory is named after
         # Clips that fit nowhere are found now, not hours later, as far as the start of the order can tell.
@@ -411,18 +424,21 @@ class RowsIterator(grain.DatasetIterator):
                 "waiting": [w.place for w in s.waiting],
                 "skipped": s.skipped,
                 "row": s.row,
+                "late": s.late,
             }
             for s in self._shards
         }
 
     def set_state(self, states):
+        self._shards = [self._shard(int(v), state) for v, state in states.items()]
+
+    def _shard(self, number: int, state: dict) -> "Shard":
         # A state from before rows were counted is of a run that leaves nothing out, where the count is not read.
-        self._shards = [
-            Shard(
-                int(v), s["place"], [wait(self._plan, int(v), p) for p in s["waiting"]], s["skipped"], s.get("row", 0)
-            )
-            for v, s in states.items()
-        ]
+        row, late = state.get("row", 0), state.get("late")
+        if not self._plan.is_late(row):  # the run is to be longer now, and has not come to its late steps yet
+            late = None
+        waiting = [wait(self._plan, number, p, late is not None and p >= late) for p in state["waiting"]]
+        return Shard(number, state["place"], waiting, state["skipped"], row, late)
 
 
 def _give_way():
@@ -436,6 +452,7 @@ class Shard:
     """Where a shard stands.
 
     place: the next of its order; waiting: the clips before it that are in no row yet; row: how many rows it has made.
+    late: the first place whose clip is of the late source; None: there is none yet.
     """
 
     number: int
@@ -443,13 +460,15 @@ class Shard:
     waiting: list[Waiting]
     skipped: int
     row: int = 0
+    late: int | None = None
 
 
-def wait(plan: Plan, shard: int, place: int) -> Waiting:
+def wait(plan: Plan, shard: int, place: int, late: bool = False) -> Waiting:
     """The clip at a place of a shard's order, and its size. Raises ValueError if it fits no row."""
     number = place * plan.shards + shard
     index, epoch = plan.order[number], number // len(plan.indices)
-    frames, height, width, caption = layout(plan.source, index, epoch)
+    source = plan.late_source if late else plan.source
+    frames, height, width, caption = layout(source, index, epoch)
     ids_sxK, (N, S, G) = plan.tokenise(caption), plan.limits
     st, sy, sx = plan.codec.stride
     pt, py, px = plan.patch
@@ -475,13 +494,15 @@ def wait(plan: Plan, shard: int, place: int) -> Waiting:
     ids_size = min(len(ids_sxK), S)
     visible_k = draw_visible(plan, index, epoch, n)
     size, visible_size = (n, ids_size, g), (len(visible_k), ids_size, g)
-    return Waiting(place, index, epoch, ids_sxK, size, visible_k, visible_size)
+    return Waiting(place, index, epoch, ids_sxK, size, visible_k, visible_size, source)
 
 
 def take(plan: Plan, shard: Shard) -> list[Waiting]:
     """The clips of a shard's next row; moves the shard on."""
+    if shard.late is None and plan.is_late(shard.row):
+        shard.late = shard.place
     while len(shard.waiting) < plan.waiting:
-        shard.waiting.append(wait(plan, shard.number, shard.place))
+        shard.waiting.append(wait(plan, shard.number, shard.place, shard.late is not None))
         shard.place += 1
     sizes = [w.visible_size if shard.row < plan.dropping else w.size for w in shard.waiting]
     chosen = choose(sizes, plan.limits)
@@ -508,7 +529,7 @@ def next_row(plan: Plan, shard: Shard) -> list[Piece]:
 def read(plan: Plan, waiting: Waiting, dropping: bool) -> Piece | None:
     """The clip as a Piece, some patches left out while `dropping`; None, with a warning, where it cannot be read."""
     try:
-        clip = clip_of(plan.source, waiting.index, waiting.epoch)
+        clip = clip_of(waiting.source, waiting.index, waiting.epoch)
     except MediaError as error:
         logging.warning("clip %d is left out: %s", waiting.index, error)
         return None
