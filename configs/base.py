@@ -44,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.waiting = 64  # clips each shard chooses from when it fills a row
     data.workers = 0  # decoding processes beside the training process; 0 = threads of it
     data.pair_share = 0.5  # shapes: clips with two objects
-    data.late_pair_share = 0.5  # the same, in the late steps
+    data.late_pair_share = -1.0  # the same in the late steps; below 0 = pair_share
     data.still_share = 0.2  # shapes: clips of one frame
     data.large = False  # shapes: an object alone is larger and moves less, which is easier
     # Shares, least and most, of a clip's patches that training leaves out before packing; each clip draws its own
@@ -131,7 +131,9 @@ def get_config() -> ml_collections.ConfigDict:
     mixture.light = 0.0  # the first few, at a level in (0, light)
     mixture.box = 0.0  # all but a box in space and time, or what lies in one
     mixture.forcing = 0.0  # nothing is; each latent frame draws a level of its own
-    flow.late_mixture = ml_collections.ConfigDict(dict.fromkeys(mixture, 0.0))  # what holds in the late steps
+    flow.late_mixture = ml_collections.ConfigDict(
+        dict.fromkeys(mixture, -1.0)
+    )  # in the late steps; below 0 = mixture's
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.kind = "adamw"  # 'adamw' or 'muon' (block matrices; the rest stays with adamw)

@@ -46,13 +46,16 @@ INTERVALS = {
     "(0, inf)": "data.fps model.level_scale model.rope_theta sample.shift",
     "(0, inf]": "optimizer.clip",
     "[0, 1]": (
-        "late data.pair_share data.late_pair_share data.still_share data.whole text.dropout flow.weight_floor "
+        "late data.pair_share data.still_share data.whole text.dropout flow.weight_floor "
         "flow.light flow.causal_share "
         "flow.mixture.first flow.mixture.prefix flow.mixture.suffix flow.mixture.ends flow.mixture.every "
         "flow.mixture.light flow.mixture.box flow.mixture.forcing "
-        "flow.late_mixture.first flow.late_mixture.prefix flow.late_mixture.suffix flow.late_mixture.ends "
-        "flow.late_mixture.every flow.late_mixture.light flow.late_mixture.box flow.late_mixture.forcing "
         "optimizer.decay sample.interval"
+    ),
+    "[-1, 1]": (
+        "data.late_pair_share flow.late_mixture.first flow.late_mixture.prefix flow.late_mixture.suffix "
+        "flow.late_mixture.ends flow.late_mixture.every flow.late_mixture.light flow.late_mixture.box "
+        "flow.late_mixture.forcing"
     ),
     "[0, 1)": "data.drop optimizer.b1 optimizer.b2 optimizer.ema",
     "(0, 1]": "model.s_min",
@@ -103,8 +106,10 @@ def check_config(config) -> None:
             f"model.depth={config.model.depth} must be a multiple of the {period} layers of model.attention_pattern="
             f"{tuple(config.model.attention_pattern)}, which has one at least."
         )
-    for name in ("mixture", "late_mixture"):
-        if (total := sum(config.flow[name].values())) > 1 + 1e-6:
+    shares = config.flow.mixture.to_dict()
+    late_shares = {kind: shares[kind] if share < 0 else share for kind, share in config.flow.late_mixture.items()}
+    for name, of in (("mixture", shares), ("late_mixture", late_shares)):
+        if (total := sum(of.values())) > 1 + 1e-6:
             raise ValueError(f"flow.{name}'s shares sum to {total:g}. Give shares that sum to 1 at most.")
     for prompt in config.sample.prompts:
         if not re.fullmatch(r"\d+x\d+x\d+@\d+(\.\d*)?:.*", str(prompt), re.DOTALL):

@@ -72,10 +72,13 @@ def draw_levels(key, patches: Patches, config, late=None):
     its first group (known) and its second (not), of those that it has. Raises ValueError for shares that are none.
     A share of the videos, `config.causal_share`, is frame-causal instead: block_BxN says so, the first 0 ... T - 1
     latent frames are known, and each other has a level of its own, as in a roll-out frame by frame.
-    late: whether `config.late_mixture` holds instead, a bool that may be traced; None = it never does.
+    late: whether `config.late_mixture`, where it is not below 0, holds instead, a bool that may be traced; None = it
+    never does.
     """
-    mixtures = {"mixture": config.mixture} | ({} if late is None else {"late_mixture": config.late_mixture})
-    shares = {name: [mixture[kind] for kind in KINDS] for name, mixture in mixtures.items()}
+    shares = {"mixture": [config.mixture[kind] for kind in KINDS]}
+    if late is not None:
+        both = zip([config.late_mixture[kind] for kind in KINDS], shares["mixture"], strict=True)
+        shares["late_mixture"] = [share if late_share < 0 else late_share for late_share, share in both]
     for name, of in shares.items():
         if min(of) < 0 or sum(of) > 1 + 1e-6:
             raise ValueError(f"flow.{name}'s shares {of} sum to {sum(of):g}. Give shares from 0, that sum to 1.")

@@ -76,7 +76,10 @@ def load(path, sharding=None, check=lambda abstract, config: None) -> Trained:
         return Trained(params, ml_collections.ConfigDict(with_newer_keys(config)), step, str(path))
     directory = _checkpoints(path)
     if directory is None:
-        raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file of weights.")
+        convert = (
+            " of weights, into which `python -m dit_video.convert` turns others" if path.is_file() else " of weights"
+        )
+        raise FileNotFoundError(f"{path} holds no checkpoint. Give a run's workdir or a .safetensors file{convert}.")
 
     def place(saved, config):
         if "lora" in saved:  # the factors of what is frozen: small
@@ -116,7 +119,10 @@ def add_lora(trained: Trained, path, strength: float = 1.0) -> Trained:
     """The weights with a file of low-rank factors merged in, `strength` times; see `lora.read`."""
     factors = lora.read(path, trained.config)
     dit = lora.merge(trained.params["dit"], factors, strength)
-    return dataclasses.replace(trained, params=trained.params | {"dit": dit}, source=f"{trained.source} + {path}")
+    times = "" if strength == 1 else f"{strength:g} x "
+    return dataclasses.replace(
+        trained, params=trained.params | {"dit": dit}, source=f"{trained.source} + {times}{path}"
+    )
 
 
 def with_newer_keys(saved: dict) -> dict:
@@ -138,7 +144,7 @@ def _checkpoints(path):
 
 
 def _holds_checkpoints(directory) -> bool:
-    return directory.exists() and any((p / checkpoint.SUMS).exists() for p in directory.iterdir() if p.name.isdigit())
+    return directory.is_dir() and any((p / checkpoint.SUMS).exists() for p in directory.iterdir() if p.name.isdigit())
 
 
 def sample(requests: Sequence[Request], trained, mesh=None, **settings) -> list[np.ndarray]:

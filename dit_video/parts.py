@@ -13,7 +13,7 @@ from collections.abc import Generator
 import numpy as np
 
 from dit_video.canvas import Layout, Request, legal, window_of
-from dit_video.tasks import nearest_factor, on_canvas, task_of
+from dit_video.tasks import check_mask, is_factor, nearest_factor, on_canvas, task_of
 
 Parts = Generator[list[Request], list[np.ndarray], np.ndarray]
 
@@ -82,6 +82,8 @@ def _paint(request: Request, layout: Layout) -> Parts:
     if len(request.videos[0]) <= W:
         return (yield from _whole(request))
     (video_FxYxXx3, new_FxYxX), k = on_canvas(request, layout), 0
+    if request.mask_TxYxX is not None or task_of(request) == "paint":
+        check_mask(~new_FxYxX)
     while (touched_F := new_FxYxX.any((1, 2))).any():
         start, end = _window_around(touched_F, W, st)
         mask_TxYxX = None if new_FxYxX[start:end].all() and task_of(request) == "edit" else new_FxYxX[start:end]
@@ -112,7 +114,7 @@ def _interpolate(request: Request, layout: Layout) -> Parts:
     rate = nearest_factor(request.factor)
     p, q, gaps = rate.numerator, rate.denominator, len(video_FxYxXx3) - 1
     count = -(-gaps // max((W - 1) // p, 1))
-    if count < 2:
+    if count < 2 or not is_factor(request.factor):
         return (yield from _whole(request))
     cuts = [gaps * k // count for k in range(count + 1)]
     fine = dataclasses.replace(request, factor=request.factor * q, fps=request.fps * q)

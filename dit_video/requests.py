@@ -283,7 +283,7 @@ def _times(media: Media, fps: float | None):
     stamps_F = np.asarray(media.stamps)
     if len(stamps_F) == 1:
         return stamps_F, fps or FPS
-    own = (len(stamps_F) - 1) / stamps_F[-1]
+    own = (len(stamps_F) - 1) / (stamps_F[-1] - stamps_F[0])
     lasts_F = np.diff([*stamps_F, media.duration])
     even = lasts_F.max() <= 1.5 * np.median(lasts_F) + 0.02
     if fps is not None and not (even and abs(own - fps) <= 0.01 * fps):

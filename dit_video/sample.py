@@ -22,7 +22,12 @@ REQUESTS = flags.DEFINE_string(
 TASK = flags.DEFINE_enum("task", "text", TASKS, "What is asked for; README.md has a command of each.")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to show; '' = anything. --task=timeline: 'SECONDS: prompt'.")
 SIZE = flags.DEFINE_multi_string("size", [], "WIDTHxHEIGHT in pixels. By default that of what is given, else 48x32.")
-FRAMES = flags.DEFINE_multi_integer("frames", [], "Frames, 9 by default; 1 makes a picture.", lower_bound=1)
+FRAMES = flags.DEFINE_multi_integer(
+    "frames",
+    [],
+    "Frames, 9 by default (timeline: up to a second after the last prompt begins); 1 makes a picture.",
+    lower_bound=1,
+)
 FPS = flags.DEFINE_multi_float("fps", [], "Frames per second; by default the video's, else 8.")
 SEED = flags.DEFINE_multi_integer("seed", [], "Seed of the noise, 0 by default.", lower_bound=0)
 IMAGE = flags.DEFINE_multi_string("image", [], "animate: the picture to start from.")
@@ -33,7 +38,9 @@ MASK = flags.DEFINE_multi_string(
 DIRECTION = flags.DEFINE_multi_enum("direction", [], ["forward", "backward"], "extend: where to; forward by default.")
 NEW_FRAMES = flags.DEFINE_multi_integer("new_frames", [], "extend, connect, loop: frames to make, 8 by default.")
 CONTEXT = flags.DEFINE_multi_integer(
-    "context", [], "Frames next to the new ones that the model sees, in whole groups; by default all that fit."
+    "context",
+    [],
+    "Frames next to the new ones that the model sees, in whole groups; by default all that fit (loop, rollout: 5).",
 )
 STRENGTH = flags.DEFINE_multi_float("strength", [], "edit, interpolate: the level to start from, 0.6 by default.")
 FACTOR = flags.DEFINE_multi_float("factor", [], "interpolate: frames out per frame in; or give --fps.")

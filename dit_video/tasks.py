@@ -140,7 +140,7 @@ def paint(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
             "is as large."
         )
     given_TxYxXx3, known_TxYxX = _to_legal(video_FxYxXx3, new_FxYxX, layout)
-    _check_mask(known_TxYxX)
+    check_mask(known_TxYxX)
     task = as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX)
     return dataclasses.replace(task, take=slice(0, len(video_FxYxXx3)))
 
@@ -156,7 +156,7 @@ def edit(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     given_TxYxXx3, known_TxYxX = _to_legal(video_FxYxXx3, new_FxYxX, layout)
     if request.mask_TxYxX is not None:
         check_levels("editing with a mask", layout)
-        _check_mask(known_TxYxX)
+        check_mask(known_TxYxX)
     start_n = np.full(known_patches(known_TxYxX, layout).shape, request.strength, np.float32)
     task = as_patches(request, layout, level_K, given_TxYxXx3, known_TxYxX, start_n)
     return dataclasses.replace(task, take=slice(0, len(video_FxYxXx3)))
@@ -201,7 +201,7 @@ def interpolate(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
     (video_FxYxXx3,) = _videos(request, layout, 1)
     F = len(video_FxYxXx3)
     factor = nearest_factor(request.factor)
-    if not abs(factor - request.factor) <= 2e-3 * request.factor:
+    if not is_factor(request.factor):
         raise ValueError(
             f"factor={request.factor:g} is no fraction p/q with p and q up to {MOST_PARTS}. "
             f"Nearest: {float(factor):.4g}."
@@ -232,6 +232,11 @@ def nearest_factor(factor: float) -> Fraction:
     """The fraction p / q nearest to it, p and q up to MOST_PARTS."""
     parts = range(1, MOST_PARTS + 1)
     return min({Fraction(p, q) for p in parts for q in parts}, key=lambda rate: abs(rate - factor))
+
+
+def is_factor(factor: float) -> bool:
+    """Whether it is, to 0.2%, such a fraction."""
+    return abs(nearest_factor(factor) - factor) <= 2e-3 * factor
 
 
 def timeline(request: Request, layout: Layout, level_K: np.ndarray) -> Task:
@@ -454,7 +459,7 @@ def _mask(request):
     return np.broadcast_to(mask_TxYxX, (F, height, width))
 
 
-def _check_mask(known_TxYxX):
+def check_mask(known_TxYxX):
     """Raises ValueError unless a mask leaves something known and something to make."""
     if not known_TxYxX.any():
         raise ValueError(

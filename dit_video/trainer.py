@@ -27,7 +27,7 @@ from dit_video.allowed import check_config
 from dit_video.canvas import Layout, Request, check_request
 from dit_video.checkpoint import Checkpoints, check_place
 from dit_video.data.clips import write_report
-from dit_video.data.loader import make_loader, make_source
+from dit_video.data.loader import make_loader, make_source, split_indices
 from dit_video.flow import named_key
 from dit_video.gallery import Sample, grow
 from dit_video.meter import Meter, by_level, count_compilations, global_work, matmul_peak
@@ -258,7 +258,7 @@ def gallery_requests(config, count: int = 8, cache=None) -> list[Request]:
     if config.sample.prompts:
         return [parse_prompt(text, seed) for seed, text in enumerate(config.sample.prompts)]
     source, requests = make_source(config, "validation", cache), []
-    for i in range(len(source)):
+    for i in split_indices(source, "validation"):
         if config.data.kind == "shapes":
             clip = source[i]
             frames, height, width, _ = clip.video_TxYxXx3.shape
@@ -447,8 +447,8 @@ def start_factors_from(config, state: State, shardings) -> State:
     return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
-# What neither the state nor the order of the data hangs on: how long, what is looked at meanwhile, where files lie, and
-# how the step is computed.
+# What neither the state so far nor the order of the data hangs on: how long, what is looked at meanwhile, where files
+# lie, and how the step is computed.
 MAY_CHANGE = ("steps", "log_every", "eval_every", "eval_batches", "sample_every", "checkpoint_every", "keep", "sample")
 MAY_CHANGE += ("data.workers", "optimizer.offload")
 FILES = ("data.root", "codec.weights", "text.file", "text.encoder")
@@ -470,7 +470,9 @@ def _require_same_config(saved: dict | None, config, allowed=()) -> None:
     refused = []
     for key in sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
         line = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        if within(key, FILES):
+        if key == "steps":
+            logging.warning("%s: what holds in a last share of the steps (learning rates, `late`) moves with it.", line)
+        elif within(key, FILES):
             logging.warning("%s, taken to hold the same.", line)
         elif within(key, ROUNDING):
             logging.warning("%s orders sums otherwise: from here on losses are the same up to rounding.", line)

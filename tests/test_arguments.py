@@ -58,6 +58,7 @@ WRONG = {
     "--config.mesh.data=0": ["mesh.data=0 must be -1, all devices that the other axes leave, or lie in [1, inf)."],
     "--config.data.shards=2": ["data.rows=9 must be a multiple of data.shards=2. Nearest: 10."],
     "--config.text.heads=7": ["text.width=128 must be a multiple of text.heads=7. Nearest: 133."],
+    "--config.flow.late_mixture.ends=0.95": ["flow.late_mixture's shares sum to 1.05. Give shares that sum to 1 at"],
     "--config.flow.mixture.first=1.5": ["flow.mixture.first=1.5 must lie in [0, 1]."],
     "--config.sample.prompts=('48x32@8: a',)": ["sample.prompts: '48x32@8: a' is not of the form '48x32x9@8: a red"],
 }

@@ -132,6 +132,9 @@ def test_where_there_is_no_run(tmp_path):
         sample_here("--prompt=a")
     with pytest.raises(SystemExit, match=r"FileNotFoundError: .*missing.safetensors"):
         sample_here(f"--weights={tmp_path / 'missing.safetensors'}", "--prompt=a")
+    (tmp_path / "theirs.pt").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match=r"theirs.pt holds no checkpoint\. Give .*file of weights, into which"):
+        sample_here(f"--weights={tmp_path / 'theirs.pt'}", "--prompt=a")
 
 
 def test_sample_command(weights, tmp_path):

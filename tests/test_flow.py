@@ -256,8 +256,9 @@ def mixture_config(shares):
 def test_late_steps_draw_from_the_late_mixture(late):
     """The same levels, weights and groups as a run has whose only mixture it is."""
     both = mixture_config({"first": 0.5, "box": 0.3})
-    both.late_mixture.update({"ends": 0.3, "light": 0.2, "forcing": 0.3})
-    one = mixture_config(both.late_mixture.to_dict() if late else both.mixture.to_dict())
+    both.late_mixture.update({"first": 0.0, "ends": 0.3, "light": 0.2, "forcing": 0.2})  # and boxes, as before
+    ends = {"first": 0.0, "ends": 0.3, "light": 0.2, "forcing": 0.2}
+    one = mixture_config({"box": 0.3} | (ends if late else {"first": 0.5}))
     drawn = jax.jit(lambda patches, late: flow.draw_levels(KEY, patches, both, late))(lay(ROWS)[0].patches, late)
     wanted = jax.jit(lambda patches: flow.draw_levels(KEY, patches, one))(lay(ROWS)[0].patches)
     jax.tree.map(np.testing.assert_array_equal, drawn, wanted)

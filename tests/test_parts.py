@@ -169,6 +169,22 @@ def test_as_much_is_seen_as_fits():
     assert task.known_TxYxX.any((1, 2)).sum() == 5 + 4
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "paint", "mask_TxYxX": mask_of(0, 0)}, "white.* nowhere, so that nothing is made anew"),
+        ({"task": "paint"}, "white.* nowhere, so that nothing is made anew"),
+        ({"task": "edit", "mask_TxYxX": mask_of(0, 0)}, "white.* nowhere, so that nothing is made anew"),
+        ({"task": "edit", "mask_TxYxX": np.ones((30, 16, 24), bool)}, "white.* everywhere, so that nothing"),
+        ({"task": "interpolate", "factor": 2.7, "fps": 8.0}, "factor=2.7 is no fraction .*Nearest: 2.667"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_long_video(fields, message):
+    """Is refused in the words that a short one is, of what was given."""
+    with pytest.raises(ValueError, match=message):
+        answer(dataclasses.replace(GIVEN, **fields))
+
+
 def test_a_loop_from_a_prompt_is_closed_after_it_was_made():
     found, tasks = answer(Request("a", 24, 16, 9, task="loop", new_frames=4))
     assert len(tasks) == 2 and (found[:9] == NEW).all() and (found[9:] == NEW + 1).all()

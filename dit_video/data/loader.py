@@ -229,7 +229,8 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
         late_from=first_late_step(config) * (data.rows // data.shards),
     )
     if data.kind == "shapes" and split == "train" and config.late:
-        plan = dataclasses.replace(plan, late_source=dataclasses.replace(source, pair_share=data.late_pair_share))
+        share = data.pair_share if data.late_pair_share < 0 else data.late_pair_share
+        plan = dataclasses.replace(plan, late_source=dataclasses.replace(source, pair_share=share))
     require_same_clips(plan)
     own = data.shards // process_count
     return Loader(plan, range(process_index * own, (process_index + 1) * own), data.workers)
@@ -433,7 +434,7 @@ class RowsIterator(grain.DatasetIterator):
         self._shards = [self._shard(int(v), state) for v, state in states.items()]
 
     def _shard(self, number: int, state: dict) -> "Shard":
-        # A state from before rows were counted is of a run that leaves nothing out, where the count is not read.
+        # A state from before rows were counted is of a run where the count is not read: it leaves nothing out.
         row, late = state.get("row", 0), state.get("late")
         if not self._plan.is_late(row):  # the run is to be longer now, and has not come to its late steps yet
             late = None
