@@ -120,8 +120,9 @@ class Checkpoints:
         _require_plain_arrays(state)
         if step == self._step:
             return
-        ahead = [other for other in self._written() if other >= step and other not in self._damaged]
-        if ahead:
+        # The first process alone looks, as it alone changes what is there; where it refuses, it ends the others too.
+        written = self._written() if jax.process_index() == 0 else []
+        if ahead := [other for other in written if other >= step and other not in self._damaged]:
             raise CheckpointError(
                 f"step {step} cannot be saved: {self.directory} has checkpoints of steps {ahead} already. Resume from "
                 "the newest, use another directory, or move them away."
@@ -204,7 +205,15 @@ class Checkpoints:
         return self.directory / f"{step:08d}"
 
     def _step_paths(self):
-        return [path for path in self.directory.iterdir() if path.name.isdigit()] if self.directory.exists() else []
+        try:
+            return [path for path in self.directory.iterdir() if path.name.isdigit()]
+        except FileNotFoundError:
+            if os.path.islink(self.directory):  # to a disk that is not mounted, and not a run without checkpoints
+                raise CheckpointError(
+                    f"{self.directory} is a link to {os.readlink(self.directory)}, which is not there. Bring that "
+                    "back, or remove the link to begin anew."
+                ) from None
+            return []
 
     def _written(self):
         """The steps of what was complete once, oldest first: `steps`, and those that have lost their sums."""

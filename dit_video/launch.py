@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -22,6 +23,8 @@ from jax.experimental import multihost_utils
 HEARTBEAT = 15  # seconds without a sign of life after which a process counts as dead, and all others end
 JOIN = 600.0  # seconds that a process waits for the others to come: the hosts of a pod come up minutes apart
 FAILED = "failed.txt"
+LOOKS = 5.0  # seconds between looks for it
+LEAVING = 5.0  # seconds that it may take to leave it, and then to speak before another does
 PATIENCE = 3600  # seconds that processes which are done wait for the first, which may be sampling the last gallery
 
 
@@ -156,12 +159,14 @@ def agree(config: dict, allow_changed, workdir) -> None:
     rates, or wait for each other without end. All of them call it. The workdir is left as it was.
     """
     if jax.process_count() == 1:
+        (epath.Path(workdir) / FAILED).unlink(missing_ok=True)
         return
     given = dict(_flat(json.loads(json.dumps(config)))) | {"--allow_changed": ",".join(allow_changed) or "nothing"}
     if found := _differences([json.loads(text) for text in all_texts(json.dumps(given))]):
         more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
         raise Disagreement(f"the processes of a run must be given the same: {'; '.join(found[:8])}{more}.")
     _share(epath.Path(workdir))
+    _attend(workdir)
 
 
 def all_texts(text: str) -> list[str]:
@@ -239,7 +244,7 @@ def fail(error: Exception, expected: bool, workdir=None) -> None:
 
     One of several processes ends at once, without waiting for the others, who wait for it in some collective: its
     closed connections, or at the latest its missing heartbeat, end them. The first leaves its reason in the workdir, in
-    FAILED, and the others say that too. Only what all of them raise lets them leave together: so each has said it
+    FAILED, where the others look for it. Only what all of them raise lets them leave together: so each has said it
     before another's end cuts it off.
     """
     reason = f"{type(error).__name__}: {error}"
@@ -257,12 +262,44 @@ def fail(error: Exception, expected: bool, workdir=None) -> None:
 
 
 def tell(reason: str, workdir=None) -> None:
-    """Prints why a process ends its run, on stderr; before it what another has left in the workdir, if it was first."""
-    first = reason
-    if workdir is not None:
+    """Prints why a process ends its run, on stderr, and what another has left in the workdir, if it was first."""
+    print(reason, file=sys.stderr, flush=True)
+    if workdir is None:
+        return
+    first = []
+
+    def leave():
         path = epath.Path(workdir) / FAILED
         with contextlib.suppress(Exception):  # what is told may be that nothing can be written there
             if not path.exists():
                 path.write_text(reason)
-            first = path.read_text() or reason
-    print(reason if first == reason else f"{first}\n{reason}", file=sys.stderr, flush=True)
+            first.append(path.read_text())
+
+    # A file system that hangs is what often ends a run: it must not keep this process from its end.
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    thread.join(LEAVING)
+    if first and first[0] not in ("", reason):
+        print(f"Another was first: {first[0]}", file=sys.stderr, flush=True)
+
+
+def _attend(workdir) -> None:
+    """Ends this process with the reason that another has left in the workdir, in a thread, seconds after it came.
+
+    jax ends a process whose peer is gone with a word of its own alone, unless it waits for that peer in a collective
+    which fails. Whoever fails by itself in these seconds speaks for itself.
+    """
+    path = epath.Path(workdir) / FAILED
+
+    def look():
+        while True:
+            time.sleep(LOOKS)
+            with contextlib.suppress(Exception):  # a file system may be away for a while
+                if path.exists():
+                    time.sleep(LEAVING)
+                    print(f"This process ends too. {path.read_text()}", file=sys.stderr, flush=True)
+                    for child in multiprocessing.active_children():
+                        child.kill()
+                    os._exit(1)
+
+    threading.Thread(target=look, name="failed", daemon=True).start()

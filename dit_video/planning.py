@@ -26,7 +26,7 @@ from dit_video.trainer import check_config, trace_step
 
 GIB = 2**30
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
-ROOM = 0.9  # share of a chip's memory that a suggested mesh may fill by the estimate
+ROOM = 0.9  # share of a device's memory that may be filled by the estimate, which is within 10% of what is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Plan:
 
     @property
     def limit(self) -> float | None:
-        """Bytes of memory of one device."""
-        return self.chip and self.chip.memory / self.devices_per_chip
+        """Bytes of memory of one device that jax takes."""
+        return self.chip and self.chip.memory * self.chip.usable / self.devices_per_chip
 
     @property
     def of_chip(self) -> bool:
@@ -104,7 +104,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.failure and (self.limit is None or self.needed <= self.limit)
+        share = 1 if self.compiled and self.of_chip else ROOM
+        return not self.failure and (self.limit is None or self.needed <= share * self.limit)
 
 
 def plan(config, topology: str, slices: int = 1, quick: bool = False) -> Plan:
@@ -216,10 +217,10 @@ def _devices(asked: Topology, notes: list[str]):
         notes.append(f"There is no compiler for {asked.kind} here: compiled for devices of the host.")
     if asked.kind != "cpu":
         notes.append("They are of one process: that the pod's processes divide data.shards is not checked.")
-    devices = jax.devices("cpu")
-    if len(devices) < asked.chips:
-        raise ValueError(f"{asked.chips} devices of the host are needed and there are {len(devices)}.")
-    return devices[: asked.chips], "cpu"
+    devices, count = jax.devices("cpu"), asked.chips * (CHIPS[asked.kind].devices if asked.kind in CHIPS else 1)
+    if len(devices) < count:
+        raise ValueError(f"{count} devices of the host are needed and there are {len(devices)}.")
+    return devices[:count], "cpu"
 
 
 def _compile(traced, platform: str, quick: bool, slice_of):
@@ -345,7 +346,12 @@ def report(p: Plan, tokens: float) -> list[tuple[str, list, list[str]]]:
     if p.limit:
         rows.append(("of a device", _amount(p.limit)))
         by = "" if p.compiled and p.of_chip else ", by the estimate"
-        remarks.append(f"{'Fits' if p.fits else 'DOES NOT FIT'}{by}: {p.needed / p.limit:.0%} of the memory.")
+        room = f", of which it may fill {ROOM:.0%}" if by else ""
+        remarks.append(f"{'Fits' if p.fits else 'DOES NOT FIT'}{by}: {p.needed / p.limit:.0%} of the memory{room}.")
+        if p.chip.usable < 1:
+            remarks.append(
+                f"jax takes {p.chip.usable:.0%} of a GPU's memory, if XLA_PYTHON_CLIENT_MEM_FRACTION does not say more."
+            )
     if p.failure:
         remarks.append(f"The compiler refused: {p.failure}")
     sections.append(("Memory per device", rows, remarks))

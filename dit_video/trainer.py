@@ -514,10 +514,15 @@ def _describe(config, workdir, state: State, start: int) -> None:
 
 
 def _all_shards(own: dict) -> dict:
-    """The loader's states of all processes' shards."""
+    """The loader's states of all processes' shards. Raises ValueError where two that read a shard stand elsewhere."""
     if jax.process_count() == 1:
         return own
-    return functools.reduce(dict.__or__, map(json.loads, launch.all_texts(json.dumps(own))))
+    states = {}
+    for process, text in enumerate(launch.all_texts(json.dumps(own))):
+        for shard, state in json.loads(text).items():
+            if states.setdefault(shard, state) != state:
+                raise ValueError(f"process {process} has read other clips of shard {shard} than one before it.")
+    return states
 
 
 class _StopRequests:

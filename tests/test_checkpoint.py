@@ -319,6 +319,17 @@ def test_all_bad_is_an_error(tmp_path):
         load(tmp_path, "ema")
 
 
+def test_a_link_to_nothing_is_not_a_new_run(tmp_path):
+    """As where checkpoints lie on a disk that is not mounted yet."""
+    write(tmp_path / "disk", 1)
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / "away")
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for look in (checkpoints.config, checkpoints.steps, lambda: checkpoints.restore(abstract(make_state()))):
+            with pytest.raises(CheckpointError, match=r"is a link to \S+/disk, which is not there"):
+                look()
+
+
 RUN_UNTIL_KILLED = """
 import sys
 import numpy as np

@@ -95,6 +95,49 @@ def test_the_command_waits_as_long_as_it_is_told(tmp_path):
     assert last_lines(tmp_path / "run", 1)[0].endswith(wanted)
 
 
+def test_what_ends_a_run_is_told_whatever_the_disk_does(tmp_path, capsys, monkeypatch):
+    """Where the workdir's file system hangs (a pipe that nobody writes to), and where another was first."""
+    monkeypatch.setattr(launch, "LEAVING", 0.5)
+    os.mkfifo(tmp_path / "failed.txt")
+    launch.tell("process 1 ends the run.", tmp_path)
+    assert capsys.readouterr().err == "process 1 ends the run.\n"
+    os.remove(tmp_path / "failed.txt")
+    launch.tell("process 0 ends the run.", tmp_path)
+    launch.tell("process 1 ends the run.", tmp_path)
+    assert capsys.readouterr().err.splitlines() == [
+        "process 0 ends the run.",
+        "process 1 ends the run.",
+        "Another was first: process 0 ends the run.",
+    ]
+
+
+ATTENDS = """
+import sys, time
+from dit_video import launch
+
+launch.LOOKS = launch.LEAVING = 0.2
+launch._attend(sys.argv[1])
+print("attends", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_waits_elsewhere_says_why_it_ends(tmp_path):
+    """One that compiles or decodes is in no collective that a dead peer would break: it looks for what that left."""
+    command = [sys.executable, "-c", ATTENDS, tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "attends\n"
+        (tmp_path / "failed.txt").write_text("process 1 ends the run. OSError: no space")
+        assert process.wait(30) == 1
+        assert process.stderr.read() == "This process ends too. process 1 ends the run. OSError: no space\n"
+
+
+def test_what_ended_an_earlier_run_is_forgotten(tmp_path):
+    (tmp_path / "failed.txt").write_text("process 0 ends the run.")
+    launch.agree({}, [], tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:http", "::1:80", "host:0", "host:65536", ""])
 def test_a_coordinator_without_a_port_is_refused(address):
     with pytest.raises(ValueError, match=f"--coordinator={re.escape(address)} is not of the form HOST:PORT"):

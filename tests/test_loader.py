@@ -33,8 +33,10 @@ from dit_video.data.loader import (
     fill,
     make_loader,
     make_source,
+    read,
     split_indices,
     take,
+    wait,
 )
 from dit_video.gallery import write_mp4, write_png
 from dit_video.patches import Clip, Grid, unpack
@@ -552,6 +554,14 @@ def test_rows_of_the_clips_config_are_full(shared, tmp_path, open_loader):
     loader = open_loader(config, words.tokenise, make_codec(config.codec), cache=tmp_path / "scan.jsonl")
     patches, text, _ = planned_fill(loader._plan, 1000)
     assert patches >= 0.98 and text > 0.4
+
+
+def test_what_others_read_too_is_not_left_out():
+    """A row that processes share would be another in the one that cannot read a clip of it."""
+    broken = plan(Numbered(40, tuple(range(40))), shared=True)
+    with pytest.raises(ValueError, match=r"clip \d+ cannot be read, and several processes .*clip\d+.mp4.*cut off"):
+        read(broken, wait(broken, 0, 0), dropping=False)
+    assert read(dataclasses.replace(broken, shared=False), wait(broken, 0, 0), dropping=False) is None
 
 
 # A folder that several processes read

@@ -145,7 +145,7 @@ def test_one_of_two_is_stopped_dies_or_stalls(tmp_path, unbroken):
     assert left_by(workdir) == unbroken
 
 
-MOMENTS = {
+DEATHS = {
     "step": lambda workdir: complete(workdir) >= 6 and not writing(workdir),
     "save": lambda workdir: complete(workdir) >= 6 and writing(workdir),
     "restore": lambda workdir: "from step" in printed(workdir, 0),
@@ -153,7 +153,7 @@ MOMENTS = {
 
 
 def die(workdir, role, moment, **overrides):
-    """Kills one of two processes at a moment; how many seconds later the other had ended."""
+    """Kills one of two processes at one of DEATHS; how many seconds later the other had ended."""
     if moment == "restore":
         both = start(workdir, **overrides)
         when(both, lambda: complete(workdir) >= 6)
@@ -162,7 +162,7 @@ def die(workdir, role, moment, **overrides):
         for i in (0, 1):
             pathlib.Path(f"{workdir}.{i}.log").write_text("")
     both = start(workdir, **overrides)
-    when(both, lambda: MOMENTS[moment](workdir))
+    when(both, lambda: DEATHS[moment](workdir))
     both[role].kill()
     began = time.monotonic()
     assert ended([both[1 - role]], ENDS)[0] != 0
@@ -172,7 +172,7 @@ def die(workdir, role, moment, **overrides):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("role", [0, 1])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", DEATHS)
 def test_a_dead_peer_ends_the_run(tmp_path, unbroken, role, moment):
     """The other exits non-zero within 30 s, wherever it is; both started again leave what an unbroken run leaves."""
     die(tmp_path / "run", role, moment, **BARE)

@@ -57,7 +57,7 @@ class Plan:
 
     indices: the source's clips that an epoch goes through; rows: of one shard. drop: least and most share of a clip's
     patches that is left out, in a shard's first `dropping` rows. late_source: where clips come from once a shard has
-    made `late_from` rows; None: from `source` always.
+    made `late_from` rows; None: from `source` always. shared: whether other processes read the same rows.
     """
 
     source: ShapesSource | ClipsSource
@@ -76,6 +76,7 @@ class Plan:
     dropping: int = 0
     late_source: ShapesSource | None = None
     late_from: int = 0
+    shared: bool = False
 
     def is_late(self, row: int) -> bool:
         """Whether what is read for a shard's row of this number comes from the late source."""
@@ -226,6 +227,7 @@ def make_loader(config, tokenise, codec, split="train", process_index=0, process
         waiting=data.waiting,
         drop=(low, high),
         dropping=steps * (data.rows // data.shards),
+        shared=process_count < jax.process_count(),
         late_from=first_late_step(config) * (data.rows // data.shards),
     )
     if data.kind == "shapes" and split == "train" and config.late:
@@ -528,10 +530,18 @@ def next_row(plan: Plan, shard: Shard) -> list[Piece]:
 
 
 def read(plan: Plan, waiting: Waiting, dropping: bool) -> Piece | None:
-    """The clip as a Piece, some patches left out while `dropping`; None, with a warning, where it cannot be read."""
+    """The clip as a Piece, some patches left out while `dropping`; None, with a warning, where it cannot be read.
+
+    Where rows are `plan.shared` that raises ValueError: without the clip the row would be another than the others have.
+    """
     try:
         clip = clip_of(waiting.source, waiting.index, waiting.epoch)
     except MediaError as error:
+        if plan.shared:
+            raise ValueError(
+                f"clip {waiting.index} cannot be read, and several processes read its row, which must be one for all: "
+                f"{error}. Where it is not for this host alone, take the file out, or give a mesh that cuts no row."
+            ) from error
         logging.warning("clip %d is left out: %s", waiting.index, error)
         return None
     ids_sxK, S = waiting.ids_sxK, plan.limits[1]

@@ -268,7 +268,7 @@ def peers(unbroken, once):
         finish_both(folder / "run", unbroken)
         return seconds
 
-    deaths = [(i, role, moment) for i in range(PEERS.value) for role in (0, 1) for moment in processes.MOMENTS]
+    deaths = [(i, role, moment) for i in range(PEERS.value) for role in (0, 1) for moment in processes.DEATHS]
     slowest = 0.0
     for done, (i, role, moment) in enumerate(deaths, start=1):
         do = lambda folder, role=role, moment=moment: die(folder, role, moment)

@@ -6,9 +6,9 @@
 #       --config.mesh.data=64 --config.mesh.fsdp=4 --workdir=gs://BUCKET/runs/clips
 #
 # v5p types count TensorCores: v5p-512 is 256 chips, the 4x8x8 of `--topology=v5p:4x8x8`, and 64 hosts.
-# The hosts get this checkout and a Python of their own, by uv: the runtime's images have 3.10, and 3.11 or 3.12 is
-# needed. The workdir must be one that all of them reach. Ends with the command's exit code; if it is 75 (saved after
-# SIGTERM) or the slice was preempted, run the same line again.
+# The hosts get this checkout, with what is changed and not committed, and a Python of their own, by uv: the runtime's
+# images have 3.10, and 3.11 or 3.12 is needed. The workdir must be one that all of them reach. Ends with the command's
+# exit code; if it is 75 (saved after SIGTERM) or the slice was preempted, run the same line again.
 # Not run on a TPU: there was none at hand. tests/test_launch_files.py runs it with a stand-in for gcloud, and what
 # reaches the hosts are the flags as they were given. What it installs there was installed, but for libtpu, on a machine
 # whose python3 is 3.10; a 3.12 was there, as uv could not fetch one without a network.
@@ -32,7 +32,10 @@ esac
 [ -n "$state" ] ||
     gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
         --version="${RUNTIME:-v2-alpha-tpuv5}"
-git archive --format=tar.gz -o "$packed/dit_video.tar.gz" HEAD
+new=$(git ls-files --others --exclude-standard)
+[ -z "$new" ] || echo "not sent, as git does not know them: $new" >&2
+tree=$(git stash create)  # with what is changed and not committed; empty: nothing is
+git archive --format=tar.gz -o "$packed/dit_video.tar.gz" "${tree:-HEAD}"
 gcloud compute tpus tpu-vm scp "$packed/dit_video.tar.gz" "$NAME": --zone="$ZONE" --worker=all
 on_all "mkdir -p dit_video && tar -xzf dit_video.tar.gz -C dit_video && cd dit_video &&
     python3 -m pip install -q --user uv && { [ -x .venv/bin/python ] || python3 -m uv venv -q --python 3.12 .venv; } &&
