@@ -121,8 +121,8 @@ def train(config, workdir, allow_changed=()) -> State:
         open_writer = MetricsWriter(workdir, start) if first else contextlib.nullcontext()
         show = Progress(config.steps, start) if first else contextlib.nullcontext()
         with contextlib.closing(loader), open_writer as writer, show as progress:
-            # The first process hashes while the others wait for it: it is the first to speak where that hangs. It cannot
-            # tell that from its own waiting for another's part.
+            # The first process hashes while the others wait for it: it is the first to speak where that hangs. Whether
+            # it is another's part that does, it cannot tell.
             own = "save" if alone else "save, each process its part"
 
             @watchdog.phase(own if first else "save, which process 0 completes", times=2 if first else 3)

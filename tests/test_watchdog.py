@@ -94,7 +94,9 @@ def hang_in_save(workdir, patience=5):
         for process in both:
             process.kill()
             process.wait()
-    reason = rf"process 0, .* ends the run\. For {2 * patience} s it has not got on with 'save, each process its part' of step \d+;"
+    reason = (
+        rf"process 0, .* ends the run\. For {2 * patience} s it has not got on with 'save, each process its part' of "
+    )
     assert re.search(reason, printed(workdir, 0)), printed(workdir, 0)
     assert re.search(reason, (workdir / "failed.txt").read_text())
     return seconds
