@@ -141,6 +141,8 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.text_lr = 1e-4  # peak learning rate of the text encoder
     optimizer.warmup = 100  # steps up to the peak
     optimizer.decay = 0.3  # share of the steps, at the end, over which lr falls to 0
+    optimizer.restart = 0.0  # share of the steps, after these, in which it rises once more and falls to 0
+    optimizer.restart_lr = 0.3  # up to this share of the peak rates
     optimizer.b1 = 0.9
     optimizer.b2 = 0.99
     optimizer.weight_decay = 0.01

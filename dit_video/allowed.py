@@ -50,7 +50,7 @@ INTERVALS = {
         "flow.light flow.causal_share "
         "flow.mixture.first flow.mixture.prefix flow.mixture.suffix flow.mixture.ends flow.mixture.every "
         "flow.mixture.light flow.mixture.box flow.mixture.forcing "
-        "optimizer.decay sample.interval"
+        "optimizer.decay optimizer.restart optimizer.restart_lr sample.interval"
     ),
     "[-1, 1]": (
         "data.late_pair_share flow.late_mixture.first flow.late_mixture.prefix flow.late_mixture.suffix "

@@ -39,16 +39,24 @@ class State:
 
 
 def make_schedule(config, peak: float):
-    """Linear warm-up, a plateau, and a linear decay to 0 over the last `decay` share of the steps."""
-    warm, down = config.optimizer.warmup, int(config.optimizer.decay * config.steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / (warm + 1), peak, warm),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, 0.0, max(down, 1)),
-        ],
-        [warm, max(config.steps - down, warm)],
-    )
+    """Linear warm-up, a plateau, and a linear decay to 0 over the last `decay` share of the steps.
+
+    The last `restart` share of the steps do not belong to these: they rise again, to `restart_lr` of the peak, and fall.
+    """
+    o = config.optimizer
+    again = int(o.restart * config.steps)
+    steps, warm = config.steps - again, o.warmup
+    down = int(o.decay * steps)
+    parts = {
+        0: optax.linear_schedule(peak / (warm + 1), peak, warm),
+        warm: optax.constant_schedule(peak),
+        max(steps - down, warm): optax.linear_schedule(peak, 0.0, max(down, 1)),
+    }
+    if again:
+        second = o.restart_lr * peak
+        parts[steps] = optax.linear_schedule(second / (warm + 1), second, warm)
+        parts[steps + warm] = optax.linear_schedule(second, 0.0, max(again - warm, 1))
+    return optax.join_schedules([*parts.values()], [*parts][1:])
 
 
 def make_optimizer(config, model) -> optax.GradientTransformation:

@@ -281,6 +281,17 @@ def test_schedule():
     assert float(make_schedule(config, 2.0)(1000)) == 2
 
 
+def test_a_restart_goes_on_from_a_whole_schedule():
+    """The first steps' rates are those of a run without it; then they rise to a share of the peak, and fall to 0."""
+    config = tiny({"steps": 1000, "optimizer.warmup": 100, "optimizer.decay": 0.3})
+    longer = tiny({"steps": 1600, "optimizer.warmup": 100, "optimizer.decay": 0.3})
+    longer.optimizer.restart, longer.optimizer.restart_lr = 0.375, 0.25
+    rate, again = make_schedule(config, 2.0), make_schedule(longer, 2.0)
+    assert [float(rate(step)) for step in range(0, 1000, 7)] == [float(again(step)) for step in range(0, 1000, 7)]
+    wanted = {1000: 0.5 / 101, 1100: 0.5, 1350: 0.25, 1600: 0, 1700: 0}
+    np.testing.assert_allclose([again(step) for step in wanted], list(wanted.values()), atol=1e-6)
+
+
 def test_muon_takes_every_matrix_of_the_blocks(small):
     """Its momentum is there for the blocks' [L, in, out] weights and no others; adam has all the rest."""
     config = tiny({"optimizer.kind": "muon"})
