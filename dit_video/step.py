@@ -41,7 +41,7 @@ class State:
 def make_schedule(config, peak: float):
     """Linear warm-up, a plateau, and a linear decay to 0 over the last `decay` share of the steps.
 
-    The last `restart` share of the steps do not belong to these: they rise again, to `restart_lr` of the peak, and fall.
+    The last `restart` share of the steps do not belong to these: there it rises to `restart_lr` of the peak, and falls.
     """
     o = config.optimizer
     again = int(o.restart * config.steps)
