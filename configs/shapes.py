@@ -32,15 +32,15 @@ def get_config(form="long"):
         config.flow.mixture.first = 0.0
         config.optimizer.warmup, config.optimizer.ema = 40, 0.99
     if form == "tasks":
-        config.steps, config.optimizer.restart = 13_600, 0.0809
-        # Text bears a share of the clips this small here; what is known in part teaches less of motion, and more of it
-        # comes last, with more clips of two objects, and rates that rise once more.
+        config.steps = 13_100
+        # Text bears a share of the clips this small here.
         known = {"prefix": 0.10, "suffix": 0.10, "ends": 0.08, "light": 0.02, "box": 0.10}
         config.flow.mixture.update(base.EVERY_TASK | known)
-        config.flow.causal_share, config.model.window = 0.12, 3
+        config.flow.causal_share, config.model.window = 0.1, 3
         config.model.canvas_most = 64.0
         config.sample.guidance_given, config.sample.history_given = 1.5, 1.5
-        config.late, config.data.pair_share, config.data.late_pair_share = 0.21875, 0.6, 0.85
-        known = {"first": 0.05, "prefix": 0.14, "suffix": 0.12, "ends": 0.26, "every": 0.02, "light": 0.02}
-        config.flow.late_mixture.update(known | {"box": 0.10, "forcing": 0.08})
+        # The last 1,100 steps, at rates that rise once more: two objects, both ends known and what comes next.
+        config.late, config.optimizer.restart, config.data.late_pair_share = 0.084, 0.084, 0.85
+        known = {"first": 0.05, "prefix": 0.15, "suffix": 0.12, "ends": 0.28, "every": 0.02, "light": 0.02}
+        config.flow.late_mixture.update(known | {"box": 0.10, "forcing": 0.06})
     return config
