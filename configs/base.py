@@ -131,9 +131,8 @@ def get_config() -> ml_collections.ConfigDict:
     mixture.light = 0.0  # the first few, at a level in (0, light)
     mixture.box = 0.0  # all but a box in space and time, or what lies in one
     mixture.forcing = 0.0  # nothing is; each latent frame draws a level of its own
-    flow.late_mixture = ml_collections.ConfigDict(
-        dict.fromkeys(mixture, -1.0)
-    )  # in the late steps; below 0 = mixture's
+    # The same in the late steps; below 0 = mixture's.
+    flow.late_mixture = ml_collections.ConfigDict(dict.fromkeys(mixture, -1.0))
 
     config.optimizer = optimizer = ml_collections.ConfigDict()
     optimizer.kind = "adamw"  # 'adamw' or 'muon' (block matrices; the rest stays with adamw)

@@ -53,9 +53,9 @@ def make_schedule(config, peak: float):
         max(steps - down, warm): optax.linear_schedule(peak, 0.0, max(down, 1)),
     }
     if again:
-        second = o.restart_lr * peak
-        parts[steps] = optax.linear_schedule(second / (warm + 1), second, warm)
-        parts[steps + warm] = optax.linear_schedule(second, 0.0, max(again - warm, 1))
+        second, begin = o.restart_lr * peak, max(steps, warm)
+        parts[begin] = optax.linear_schedule(second / (warm + 1), second, warm)
+        parts[begin + warm] = optax.linear_schedule(second, 0.0, max(again - warm, 1))
     return optax.join_schedules([*parts.values()], [*parts][1:])
 
 
